@@ -1,0 +1,64 @@
+"""Learning rates that drop when a statistical test finds progress has stopped."""
+
+from sasa_optax._controller import ControllerState
+from sasa_optax._history import Drop, History, metrics
+from sasa_optax._qhm import ScaleByQhmState, qhm, scale_by_qhm
+from sasa_optax._sasa import (
+    SasaState,
+    reduce_on_stationarity,
+    sasa,
+    sasa_plus,
+    scale_by_sasa_plus,
+)
+from sasa_optax._stationarity import (
+    EquivalenceTest,
+    MeanEstimate,
+    Samples,
+    SlopeTest,
+    StationarityTest,
+    TestResult,
+    ZeroMeanTest,
+    estimate_mean,
+)
+from sasa_optax._statistics import (
+    Sample,
+    Statistic,
+    Transition,
+    master_statistic,
+    yaida_statistic,
+)
+from sasa_optax._student_t import student_t_cdf, student_t_quantile
+from sasa_optax._window import Window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ControllerState",
+    "Drop",
+    "EquivalenceTest",
+    "History",
+    "MeanEstimate",
+    "Sample",
+    "Samples",
+    "SasaState",
+    "ScaleByQhmState",
+    "SlopeTest",
+    "StationarityTest",
+    "Statistic",
+    "TestResult",
+    "Transition",
+    "Window",
+    "ZeroMeanTest",
+    "estimate_mean",
+    "master_statistic",
+    "metrics",
+    "qhm",
+    "reduce_on_stationarity",
+    "sasa",
+    "sasa_plus",
+    "scale_by_qhm",
+    "scale_by_sasa_plus",
+    "student_t_cdf",
+    "student_t_quantile",
+    "yaida_statistic",
+]

@@ -1,0 +1,98 @@
+"""Arguments checked where the user made the mistake.
+
+Traced values pass: `optax.inject_hyperparams` turns numbers into traced arrays, after
+the same numbers went through these checks concretely in its `init`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
+    """``value`` as a concrete real scalar; None if it is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if array.ndim or array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return array
+
+
+def number(name: str, value: jax.typing.ArrayLike, interval: str) -> None:
+    """Checks a real scalar against an interval such as "(0, 1]"."""
+    allowed = f"a number in {interval}"
+    array = _scalar(name, value, allowed)
+    if array is None:
+        return
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    x = float(array)
+    above = x >= low if interval[0] == "[" else x > low
+    below = x <= high if interval[-1] == "]" else x < high
+    if not (above and below and math.isfinite(x)):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def integer(name: str, value: jax.typing.ArrayLike, at_least: int) -> None:
+    allowed = f"an integer of at least {at_least}"
+    array = _scalar(name, value, allowed)
+    if array is None:
+        return
+    if array.dtype.kind not in "iu" or int(array) < at_least:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def static_integer(name: str, value: Any, at_least: int) -> int:
+    """As `integer`, for what fixes shapes or defaults and so cannot be traced."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be a Python integer, got a traced value ({value}). Under "
+            f"optax.inject_hyperparams, name it in static_args."
+        )
+    integer(name, value, at_least)
+    return int(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        options = " or ".join(repr(option) for option in choices)
+        raise ValueError(f"{name} must be {options}, got {value!r}.")
+
+
+def learning_rate(value: Any, *, allow_schedule: bool) -> None:
+    if callable(value):
+        if allow_schedule:
+            return
+        raise ValueError(
+            f"learning_rate must be a number in (0, inf), got the schedule {value!r}."
+        )
+    number("learning_rate", value, "(0, inf)")
+
+
+def params(params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            "The test for stationarity needs the current parameters: call "
+            "`updates, state = optimizer.update(grads, state, params)`."
+        )
+
+
+def function(name: str, value: Any, signature: str) -> None:
+    if not callable(value):
+        raise ValueError(f"{name} must be a function {signature}, got {value!r}.")
+
+
+def exceeds(name: str, value: Any, other_name: str, other: Any) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in (value, other)):
+        return
+    if not value > other:
+        raise ValueError(
+            f"{name} must be greater than {other_name}, got {name}={value} and "
+            f"{other_name}={other}."
+        )

@@ -1,0 +1,265 @@
+"""The controller: sample, window, every test_interval a test, maybe a drop.
+
+Every optimizer of this library ends in one. They differ in the statistic, in the test,
+and in what made the direction.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sasa_optax import _checks, _tree, _window
+from sasa_optax._stationarity import Samples, StationarityTest, TestResult
+from sasa_optax._statistics import Sample, Statistic, Transition
+
+_DEFAULT_MIN_SAMPLES = 1000
+_DEFAULT_TEST_INTERVAL = 100
+# With steps_per_epoch both are one epoch, within these limits. Below the lower one a
+# test has some ten batches to estimate a variance from, and says nothing.
+_FEWEST_PER_EPOCH, _MOST_PER_EPOCH = 100, 1000
+
+
+class ControllerState(NamedTuple):
+    """What a controller remembers: arrays only, of fixed shape and dtype.
+
+    Attributes:
+      step: steps taken, shape (), int32.
+      learning_rate: the rate that the next step will use, shape (). It is a reading:
+        to change the rate by hand, set ``scale``. None for `reduce_on_stationarity`,
+        which does not know the rate that it scales.
+      scale: what the drops have left of the given rate, shape ().
+      num_drops: how often the rate was cut, shape (), int32.
+      num_nonfinite: samples left out because they were not finite, shape (), int32.
+      last_test: the newest `TestResult`; its step is 0 before the first.
+      window: the samples since the last drop.
+
+    Those without a dtype here are float32, or float64 where a parameter is.
+    """
+
+    step: jax.Array
+    learning_rate: jax.Array | None
+    scale: jax.Array
+    num_drops: jax.Array
+    num_nonfinite: jax.Array
+    last_test: TestResult
+    window: _window.Window
+
+
+def samples_or_default(
+    name: str,
+    value: jax.typing.ArrayLike | None,
+    steps_per_epoch: int | None,
+    default: int,
+    at_least: int,
+) -> jax.typing.ArrayLike:
+    """What the user gave, else one epoch within limits, else the default."""
+    if value is not None:
+        _checks.integer(name, value, at_least)
+        return value
+    if steps_per_epoch is None:
+        return default
+    steps = _checks.static_integer("steps_per_epoch", steps_per_epoch, 1)
+    return min(_MOST_PER_EPOCH, max(_FEWEST_PER_EPOCH, steps))
+
+
+def _scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    array = jnp.asarray(value)
+    if array.shape:
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
+    return array.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controller:
+    """Turns a direction d into the update -learning_rate * d, and tends the rate.
+
+    The arguments are those of `scale_by_sasa_plus`, where they are described.
+    """
+
+    learning_rate: optax.ScalarOrSchedule
+    statistic: Statistic
+    test: StationarityTest
+    factor: jax.typing.ArrayLike
+    leak_ratio: jax.typing.ArrayLike
+    min_samples: jax.typing.ArrayLike | None
+    test_interval: jax.typing.ArrayLike | None
+    steps_per_epoch: int | None
+    warmup_steps: jax.typing.ArrayLike
+    max_window: int
+    min_learning_rate: jax.typing.ArrayLike
+
+    def __post_init__(self) -> None:
+        _checks.learning_rate(self.learning_rate, allow_schedule=True)
+        _checks.function("statistic", self.statistic, "from Transition to Sample")
+        _checks.function("test", self.test, "from Samples to TestResult")
+        _checks.number("factor", self.factor, "(0, 1)")
+        _checks.integer("leak_ratio", self.leak_ratio, 1)
+        _checks.integer("warmup_steps", self.warmup_steps, 0)
+        _checks.integer("max_window", self.max_window, 5)
+        _checks.number("min_learning_rate", self.min_learning_rate, "[0, inf)")
+        for name, default, at_least in (
+            ("min_samples", _DEFAULT_MIN_SAMPLES, 4),
+            ("test_interval", _DEFAULT_TEST_INTERVAL, 1),
+        ):
+            given = getattr(self, name)
+            value = samples_or_default(
+                name, given, self.steps_per_epoch, default, at_least
+            )
+            object.__setattr__(self, name, value)
+        _checks.exceeds("max_window", self.max_window, "min_samples", self.min_samples)
+
+    @property
+    def _width(self) -> int:
+        # A test that does not say what it uses is given all there is.
+        return 2 if getattr(self.test, "uses_scale", True) else 1
+
+    def _base_rate(self, step: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        rate = self.learning_rate
+        # A copy, or the state would alias the array that the user passed.
+        return _scalar(
+            "learning_rate", jnp.array(rate(step) if callable(rate) else rate), dtype
+        )
+
+    def _rate(self, base: jax.Array, scale: jax.Array) -> jax.Array:
+        # A schedule may go below the floor by itself; the drops may not.
+        floor = jnp.asarray(self.min_learning_rate, base.dtype)
+        return jnp.maximum(base * scale, jnp.minimum(base, floor))
+
+    def init(self, params: optax.Params) -> ControllerState:
+        dtype = _tree.statistic_dtype(params)
+        max_window = _checks.static_integer("max_window", self.max_window, 5)
+        return ControllerState(
+            step=jnp.zeros((), jnp.int32),
+            learning_rate=self._base_rate(jnp.zeros((), jnp.int32), dtype),
+            scale=jnp.ones((), dtype),
+            num_drops=jnp.zeros((), jnp.int32),
+            num_nonfinite=jnp.zeros((), jnp.int32),
+            last_test=TestResult(
+                step=jnp.zeros((), jnp.int32),
+                mean=jnp.zeros((), dtype),
+                lower=jnp.zeros((), dtype),
+                upper=jnp.zeros((), dtype),
+                p_value=jnp.ones((), dtype),
+                num_samples=jnp.zeros((), jnp.int32),
+                stationary=jnp.zeros((), bool),
+            ),
+            window=_window.empty(self._width, max_window, dtype),
+        )
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: ControllerState,
+        params: optax.Params | None = None,
+        *,
+        grad: optax.Updates | None = None,
+        value: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ControllerState]:
+        del extra_args
+        _checks.params(params)
+        direction = updates
+        base = self._base_rate(state.step, state.scale.dtype)
+        rate = self._rate(base, state.scale)
+        updates = _tree.scale(-rate, direction)
+        transition = Transition(
+            params=params,
+            # Computed as the caller will compute them, so that XLA merges the two.
+            new_params=optax.apply_updates(params, updates),
+            direction=direction,
+            grad=direction if grad is None else grad,
+            learning_rate=rate,
+            value=value,
+        )
+        state, is_due = self._record(state, transition)
+        state = self._test(state, is_due)
+        return updates, self._maybe_drop(state, is_due, base, rate)
+
+    def _record(
+        self, state: ControllerState, transition: Transition
+    ) -> tuple[ControllerState, jax.Array]:
+        """Takes a sample, and says whether the window is due for a test."""
+        sample = self.statistic(transition)
+        if not isinstance(sample, Sample):
+            raise TypeError(
+                f"statistic must return a Sample, got {sample!r} from "
+                f"{self.statistic!r}."
+            )
+        named = {f"Sample.{name}": x for name, x in sample._asdict().items()}
+        row = jnp.stack([_scalar(n, x, state.scale.dtype) for n, x in named.items()])
+        row = jax.lax.stop_gradient(row)
+        is_finite = jnp.all(jnp.isfinite(row))
+        counted = optax.safe_increment(state.num_nonfinite)
+        state = state._replace(
+            step=optax.safe_increment(state.step),
+            num_nonfinite=jnp.where(is_finite, state.num_nonfinite, counted),
+            window=_window.push(state.window, row[: self._width], is_finite),
+        )
+        has_enough = self._num_samples(state) > self.min_samples
+        return state, is_finite & has_enough & (state.step % self.test_interval == 0)
+
+    def _num_samples(self, state: ControllerState) -> jax.Array:
+        return _window.num_kept(state.window, self.leak_ratio)
+
+    def _test(self, state: ControllerState, is_due: jax.Array) -> ControllerState:
+        """Runs the test where it is due."""
+        dtype = state.scale.dtype
+
+        def run() -> TestResult:
+            num_samples = self._num_samples(state)
+            rows = _window.contents(state.window, num_samples)
+            scales = rows[1] if self._width == 2 else None
+            samples = Samples(
+                rows[0], scales, num_samples, state.step, state.num_drops
+            )
+            result = self.test(samples)
+            if not isinstance(result, TestResult):
+                raise TypeError(
+                    f"test must return a TestResult, got {result!r} from {self.test!r}."
+                )
+            floats = {
+                name: _scalar(f"TestResult.{name}", getattr(result, name), dtype)
+                for name in ("mean", "lower", "upper", "p_value")
+            }
+            # A result that is not finite says nothing, and is kept out of the state.
+            is_finite = jnp.all(jnp.isfinite(jnp.stack(list(floats.values()))))
+            stationary = _scalar("TestResult.stationary", result.stationary, bool)
+            return TestResult(
+                step=state.step,
+                num_samples=num_samples,
+                stationary=is_finite & stationary,
+                **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+            )
+
+        return state._replace(
+            last_test=jax.lax.cond(is_due, run, lambda: state.last_test)
+        )
+
+    def _maybe_drop(
+        self,
+        state: ControllerState,
+        is_due: jax.Array,
+        base: jax.Array,
+        rate: jax.Array,
+    ) -> ControllerState:
+        """Cuts the rate and empties the window where a test that is due has fired."""
+        floor = jnp.asarray(self.min_learning_rate, base.dtype)
+        # At its floor the rate has nowhere to go, and emptying the window no purpose.
+        can_drop = (state.step > self.warmup_steps) & (rate > floor)
+        drop = is_due & state.last_test.stationary & can_drop
+        factor = jnp.asarray(self.factor, base.dtype)
+        cut = jnp.maximum(factor * state.scale, floor / jnp.where(drop, base, 1))
+        scale = jnp.where(drop, cut, state.scale)
+        learning_rate = self._rate(self._base_rate(state.step, base.dtype), scale)
+        return state._replace(
+            learning_rate=learning_rate,
+            scale=scale,
+            num_drops=state.num_drops + drop.astype(jnp.int32),
+            window=_window.clear(state.window, drop),
+        )
+
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        return optax.GradientTransformationExtraArgs(self.init, self.update)

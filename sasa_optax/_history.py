@@ -1,0 +1,308 @@
+"""Seeing why the rate dropped: metrics for any logger, and a record with a picture."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from sasa_optax._controller import ControllerState
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _of_controller(state: ControllerState) -> dict[str, jax.Array]:
+    fields = state._asdict()
+    del fields["window"]
+    test = fields.pop("last_test")._asdict()
+    fields |= {f"test_{name}": value for name, value in test.items()}
+    # Through asarray, since Flax NNX wraps each array of an optimizer's state.
+    return {k: jnp.asarray(v) for k, v in fields.items() if v is not None}
+
+
+def metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """The scalars to log: a flat dict of arrays of shape (), usable inside jit.
+
+    Args:
+      opt_state: the state of any optimizer with a controller of this library in it, at
+        any depth: a chain, `optax.MultiSteps`, a Flax train state.
+
+    Returns:
+      ``step``, ``learning_rate`` (but for `reduce_on_stationarity`), ``scale``,
+      ``num_drops``, ``num_nonfinite``, and the newest `TestResult` as ``test_step``,
+      ``test_mean``, ``test_lower``, ``test_upper``, ``test_p_value``,
+      ``test_num_samples``, ``test_stationary``. Where there are several controllers, as
+      under `optax.partition`, each key is led by the path to its controller and a
+      slash.
+
+    Raises:
+      ValueError: if there is no controller in ``opt_state``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sasa_optax
+      >>> state = sasa_optax.sasa_plus(0.5).init(jnp.zeros(3))
+      >>> print(sasa_optax.metrics(state)["learning_rate"])
+      0.5
+    """
+
+    def is_controller(node: Any) -> bool:
+        return isinstance(node, ControllerState)
+
+    leaves = jax.tree.leaves_with_path(opt_state, is_leaf=is_controller)
+    found = [(path, node) for path, node in leaves if is_controller(node)]
+    if not found:
+        raise ValueError(
+            "opt_state holds no controller of sasa_optax: pass the state that "
+            f"`optimizer.init` or `optimizer.update` returned, got {type(opt_state)}."
+        )
+    if len(found) == 1:
+        return _of_controller(found[0][1])
+    return {
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}/{key}": value
+        for path, node in found
+        for key, value in _of_controller(node).items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """A cut of the rate, and the test that made it; ``str()`` says it in a sentence.
+
+    Attributes:
+      step: the step at which the test fired.
+      num_samples: the number of samples it judged.
+      mean: their mean.
+      lower: the lower end of its confidence interval.
+      upper: the upper end.
+      p_value: as the test defines it.
+      old_rate: the learning rate before (the scale, for `reduce_on_stationarity`).
+      new_rate: the rate after.
+    """
+
+    step: int
+    num_samples: int
+    mean: float
+    lower: float
+    upper: float
+    p_value: float
+    old_rate: float
+    new_rate: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: progress has stopped. Over the newest "
+            f"{self.num_samples} samples the statistic averaged {self.mean:.3g}, "
+            f"interval [{self.lower:.3g}, {self.upper:.3g}] (p = {self.p_value:.2g}); "
+            f"rate {self.old_rate:.3g} -> {self.new_rate:.3g}."
+        )
+
+
+def _to_python(value: Any) -> bool | int | float:
+    scalar = jax.device_get(value)
+    return scalar.item() if hasattr(scalar, "item") else scalar
+
+
+class History:
+    """A host-side record of a run: what the controller did, and why.
+
+    Feed it `metrics` every so many steps, more often than ``min_samples``: no two tests
+    after a drop can come closer together than that, so the test that made each drop is
+    then caught. Each call of `record` waits for the device, so not at every step.
+
+    Attributes:
+      rows: the records, each a dict of Python numbers.
+      drops: the cuts of the rate seen so far, each a `Drop`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sasa_optax
+      >>> history = sasa_optax.History()
+      >>> state = sasa_optax.sasa_plus(0.5).init(jnp.zeros(3))
+      >>> if drop := history.record(sasa_optax.metrics(state), loss=0.7):
+      ...     print(drop)
+      >>> history.rows[0]["loss"]
+      0.7
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, bool | int | float]] = []
+        self.drops: list[Drop] = []
+
+    def record(self, metrics: Mapping[str, Any], **values: Any) -> Drop | None:
+        """Adds a row, and returns the drop since the row before, if there was one.
+
+        Args:
+          metrics: what `sasa_optax.metrics` returned, of one controller; where an
+            optimizer has several, give each part of its state a `History` of its own.
+          **values: more scalars to keep, such as ``loss=loss``, which is plotted.
+
+        Raises:
+          ValueError: if ``metrics`` is not of one controller, or is older than the last
+            row.
+        """
+        if "num_drops" not in metrics:
+            raise ValueError(
+                "metrics must be those of one controller, with the key 'num_drops', "
+                f"got the keys {sorted(metrics)}."
+            )
+        both = jax.device_get({**metrics, **values})
+        row = {name: _to_python(value) for name, value in both.items()}
+        last = self.rows[-1] if self.rows else None
+        if last is not None and row["step"] < last["step"]:
+            raise ValueError(
+                f"metrics must not be older than the last row, of step {last['step']}, "
+                f"got step {row['step']}."
+            )
+        self.rows.append(row)
+        if last is None or row["num_drops"] == last["num_drops"]:
+            return None
+        drop = Drop(
+            step=int(row["test_step"]),
+            num_samples=int(row["test_num_samples"]),
+            mean=row["test_mean"],
+            lower=row["test_lower"],
+            upper=row["test_upper"],
+            p_value=row["test_p_value"],
+            old_rate=last[self.rate_name],
+            new_rate=row[self.rate_name],
+        )
+        self.drops.append(drop)
+        return drop
+
+    @property
+    def rate_name(self) -> str:
+        """Which key is the rate: "learning_rate", or "scale" where there is none."""
+        has_rate = self.rows and "learning_rate" in self.rows[0]
+        return "learning_rate" if has_rate else "scale"
+
+    def explain(self) -> str:
+        """Every drop, a line each."""
+        return "\n".join(map(str, self.drops)) or "The rate has not dropped."
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rows as CSV, a column for each name that occurs."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rows as JSON lines, with null for what is not finite."""
+        with open(path, "w") as file:
+            for row in self.rows:
+                finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+                file.write(json.dumps(finite) + "\n")
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str]) -> "History":
+        """Reads what `to_jsonl` wrote, to go on with a run that was restarted."""
+        history = cls()
+        with open(path) as file:
+            for line in file:
+                row = json.loads(line)
+                history.record({k: math.nan if v is None else v for k, v in row.items()})
+        return history
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """Draws the loss, the rate, and each test with its interval; drops marked.
+
+        Args:
+          path: where to save the picture; its ending gives the format. Default None:
+            the figure is only returned.
+
+        Returns:
+          A `matplotlib.figure.Figure`.
+
+        Raises:
+          ImportError: without matplotlib, which the extra ``plot`` brings.
+          ValueError: if nothing has been recorded.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "History.plot needs matplotlib: pip install 'sasa-optax[plot]'"
+            ) from error
+        if not self.rows:
+            raise ValueError("History.plot needs rows: call History.record first.")
+        panels = [self._plot_rate, self._plot_tests]
+        if any("loss" in row for row in self.rows):
+            panels.insert(0, self._plot_loss)
+        figure = Figure(figsize=(8, 2.4 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for panel, ax in zip(panels, axes, strict=True):
+            panel(ax)
+            ax.grid(alpha=0.3)
+            for drop in self.drops:
+                ax.axvline(drop.step, color="tab:red", linestyle=":", linewidth=1)
+        axes[-1].set_xlabel("step")
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def _column(self, name: str) -> tuple[list[float], list[float]]:
+        pairs = [(row["step"], row[name]) for row in self.rows if name in row]
+        return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+    def _plot_loss(self, ax: "Axes") -> None:
+        steps, loss = self._column("loss")
+        ax.plot(steps, loss, color="tab:blue", linewidth=1)
+        ax.set_ylabel("loss")
+        if min(loss) > 0:
+            ax.set_yscale("log")
+
+    def _plot_rate(self, ax: "Axes") -> None:
+        # A step from each drop to the next, not a slope between two records.
+        steps, rates = self._column(self.rate_name)
+        points = list(zip(steps, rates, strict=True))
+        for drop in self.drops:
+            points += [(drop.step, drop.old_rate), (drop.step, drop.new_rate)]
+        points.sort(key=lambda point: point[0])
+        ax.plot(*zip(*points, strict=True), color="tab:green")
+        for drop in self.drops:
+            ax.annotate(
+                f"{drop.new_rate:.2g}",
+                (drop.step, drop.new_rate),
+                textcoords="offset points",
+                xytext=(4, 4),
+            )
+        ax.set_yscale("log")
+        ax.set_ylabel(self.rate_name.replace("_", " "))
+
+    def _plot_tests(self, ax: "Axes") -> None:
+        tests = {row["test_step"]: row for row in self.rows if row["test_step"] > 0}
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_ylabel("test: mean, interval")
+        if not tests:
+            ax.text(0.5, 0.5, "no test yet", transform=ax.transAxes, ha="center")
+            return
+        fired = {drop.step for drop in self.drops}
+        widths = []
+        for step, row in tests.items():
+            below = row["test_mean"] - row["test_lower"]
+            above = row["test_upper"] - row["test_mean"]
+            widths += [below, above]
+            color, marker = ("tab:red", "v") if step in fired else ("tab:gray", ".")
+            ax.errorbar(
+                step,
+                row["test_mean"],
+                yerr=[[below], [above]],
+                color=color,
+                marker=marker,
+                linewidth=1,
+            )
+        # Each drop shrinks the statistic, so a linear axis would show the first alone.
+        linear = min((width for width in widths if width > 0), default=1.0)
+        ax.set_yscale("symlog", linthresh=linear)
+        ax.plot([], [], "v", color="tab:red", label="fired: rate cut")
+        ax.plot([], [], ".", color="tab:gray", label="still moving")
+        ax.legend(loc="best", fontsize="small")

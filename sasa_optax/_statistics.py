@@ -1,0 +1,96 @@
+"""What is recorded at each step: one number whose mean is zero at stationarity.
+
+A statistic is a function from a `Transition` to a `Sample`. Under jit it costs what it
+reads: the trees that it leaves alone are never computed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+
+from sasa_optax import _checks, _tree
+
+
+class Transition(NamedTuple):
+    """One step of the optimizer, x_{k+1} = x_k - learning_rate * direction.
+
+    Attributes:
+      params: x_k, the parameters before the step. Reading them makes XLA copy every
+        parameter before its update in place; prefer ``new_params``.
+      new_params: x_{k+1}, the parameters after the step.
+      direction: d_k, before the learning rate and the minus sign.
+      grad: the gradient, with coupled weight decay; where the transformation is chained
+        after others, the extra argument ``grad``, or ``direction`` if there is none.
+      learning_rate: the rate of this step, shape (), in the dtype of statistics:
+        float64 if a parameter is double precision, else float32.
+      value: the extra argument ``value`` of ``update`` (the loss), or None.
+    """
+
+    params: optax.Params
+    new_params: optax.Params
+    direction: optax.Updates
+    grad: optax.Updates
+    learning_rate: jax.Array
+    value: jax.typing.ArrayLike | None
+
+    def inner_product(self, x: optax.Params, y: optax.Params) -> jax.Array:
+        """The real part of <x, y>, summed over all leaves in the statistic's dtype."""
+        return _tree.inner_product(x, y, self.learning_rate.dtype)
+
+    def squared_norm(self, x: optax.Params) -> jax.Array:
+        """||x||^2, summed over all leaves in the statistic's dtype."""
+        return _tree.squared_norm(x, self.learning_rate.dtype)
+
+
+class Sample(NamedTuple):
+    """What a statistic records of one step.
+
+    Attributes:
+      value: the number that a test judges, shape ().
+      scale: the yardstick of the equivalence test, shape (): the mean of ``value`` is
+        negligible when it is small beside the mean of ``scale``.
+    """
+
+    value: jax.typing.ArrayLike
+    scale: jax.typing.ArrayLike = 1.0
+
+
+Statistic = Callable[[Transition], Sample]
+
+
+def master_statistic(transition: Transition) -> Sample:
+    """The statistic of SASA+, mean zero under any stationary dynamics.
+
+    Delta_k = <x_{k+1}, d_k> + (alpha/2) ||d_k||^2, which is
+    -(||x_{k+1}||^2 - ||x_k||^2) / (2 alpha) whatever made the direction d_k. Its scale
+    is v_k = (alpha/2) ||d_k||^2.
+    """
+    t = transition
+    half_step = t.learning_rate / 2 * t.squared_norm(t.direction)
+    return Sample(t.inner_product(t.new_params, t.direction) + half_step, half_step)
+
+
+def yaida_statistic(momentum: jax.typing.ArrayLike = 0.9) -> Statistic:
+    """The statistic of SASA, mean zero at the stationarity of normalised momentum.
+
+    z_k = <x_k, g_k> - v_k with v_k = (alpha/2) (1 + beta)/(1 - beta) ||d_k||^2, from
+    Yaida's fluctuation-dissipation relation. Its scale is v_k. It holds for SGD whose
+    direction is d_k = (1 - beta) g_k + beta d_{k-1}, and for no other.
+
+    Args:
+      momentum: beta, in [0, 1).
+    """
+    _checks.number("momentum", momentum, "[0, 1)")
+
+    def statistic(transition: Transition) -> Sample:
+        t = transition
+        dissipation = (1 + momentum) / (1 - momentum)
+        v = dissipation * t.learning_rate / 2 * t.squared_norm(t.direction)
+        # <x_k, g_k>, without reading the x_k that x_{k+1} is about to overwrite.
+        x_dot_g = t.inner_product(t.new_params, t.grad)
+        x_dot_g += t.learning_rate * t.inner_product(t.direction, t.grad)
+        return Sample(x_dot_g - v, v)
+
+    return statistic
