@@ -20,7 +20,8 @@ def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
         array = np.asarray(value)
     except (TypeError, ValueError):
         array = np.asarray(None)
-    if array.ndim or array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
+    is_real = array.dtype.kind in "iuf" or array.dtype.name == "bfloat16"
+    if array.ndim or not is_real:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
     return array
 

@@ -149,57 +149,42 @@ class Controller:
             window=_window.empty(self._width, max_window, dtype),
         )
 
-    def update(
-        self,
-        updates: optax.Updates,
-        state: ControllerState,
-        params: optax.Params | None = None,
-        *,
-        grad: optax.Updates | None = None,
-        value: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ControllerState]:
-        del extra_args
-        _checks.params(params)
-        direction = updates
-        base = self._base_rate(state.step, state.scale.dtype)
-        rate = self._rate(base, state.scale)
-        updates = _tree.scale(-rate, direction)
-        transition = Transition(
-            params=params,
-            # Computed as the caller will compute them, so that XLA merges the two.
-            new_params=optax.apply_updates(params, updates),
-            direction=direction,
-            grad=direction if grad is None else grad,
-            learning_rate=rate,
-            value=value,
-        )
-        state, is_due = self._record(state, transition)
-        state = self._test(state, is_due)
-        return updates, self._maybe_drop(state, is_due, base, rate)
-
-    def _record(
-        self, state: ControllerState, transition: Transition
-    ) -> tuple[ControllerState, jax.Array]:
-        """Takes a sample, and says whether the window is due for a test."""
+    def _row(self, transition: Transition) -> jax.Array:
+        """The sample of a step, as the window stores it."""
         sample = self.statistic(transition)
         if not isinstance(sample, Sample):
             raise TypeError(
                 f"statistic must return a Sample, got {sample!r} from "
                 f"{self.statistic!r}."
             )
+        dtype = transition.learning_rate.dtype
         named = {f"Sample.{name}": x for name, x in sample._asdict().items()}
-        row = jnp.stack([_scalar(n, x, state.scale.dtype) for n, x in named.items()])
+        return jnp.stack([_scalar(name, x, dtype) for name, x in named.items()])
+
+    def _advance(self, state: ControllerState, row: jax.Array) -> ControllerState:
+        """Takes a sample to the window, the window to a test, and that to a drop."""
         row = jax.lax.stop_gradient(row)
         is_finite = jnp.all(jnp.isfinite(row))
+        old_step, old_scale = state.step, state.scale
         counted = optax.safe_increment(state.num_nonfinite)
         state = state._replace(
             step=optax.safe_increment(state.step),
             num_nonfinite=jnp.where(is_finite, state.num_nonfinite, counted),
             window=_window.push(state.window, row[: self._width], is_finite),
         )
-        has_enough = self._num_samples(state) > self.min_samples
-        return state, is_finite & has_enough & (state.step % self.test_interval == 0)
+        min_samples = jnp.asarray(self.min_samples, jnp.int32)
+        is_testing = state.step % jnp.asarray(self.test_interval, jnp.int32) == 0
+        is_due = is_finite & is_testing & (self._num_samples(state) > min_samples)
+        state = self._test(state, is_due)
+
+        # At its floor the rate has nowhere to go, and emptying the window no purpose.
+        base = self._base_rate(old_step, old_scale.dtype)
+        floor = jnp.asarray(self.min_learning_rate, base.dtype)
+        can_drop = (state.step > self.warmup_steps) & (
+            self._rate(base, old_scale) > floor
+        )
+        drop = is_due & state.last_test.stationary & can_drop
+        return self._cut(state, drop, floor / jnp.where(drop, base, 1))
 
     def _num_samples(self, state: ControllerState) -> jax.Array:
         return _window.num_kept(state.window, self.leak_ratio)
@@ -212,9 +197,7 @@ class Controller:
             num_samples = self._num_samples(state)
             rows = _window.contents(state.window, num_samples)
             scales = rows[1] if self._width == 2 else None
-            samples = Samples(
-                rows[0], scales, num_samples, state.step, state.num_drops
-            )
+            samples = Samples(rows[0], scales, num_samples, state.step, state.num_drops)
             result = self.test(samples)
             if not isinstance(result, TestResult):
                 raise TypeError(
@@ -238,22 +221,14 @@ class Controller:
             last_test=jax.lax.cond(is_due, run, lambda: state.last_test)
         )
 
-    def _maybe_drop(
-        self,
-        state: ControllerState,
-        is_due: jax.Array,
-        base: jax.Array,
-        rate: jax.Array,
+    def _cut(
+        self, state: ControllerState, drop: jax.Array, min_scale: jax.Array
     ) -> ControllerState:
-        """Cuts the rate and empties the window where a test that is due has fired."""
-        floor = jnp.asarray(self.min_learning_rate, base.dtype)
-        # At its floor the rate has nowhere to go, and emptying the window no purpose.
-        can_drop = (state.step > self.warmup_steps) & (rate > floor)
-        drop = is_due & state.last_test.stationary & can_drop
-        factor = jnp.asarray(self.factor, base.dtype)
-        cut = jnp.maximum(factor * state.scale, floor / jnp.where(drop, base, 1))
+        """Cuts the rate and empties the window where ``drop`` is true."""
+        dtype = state.scale.dtype
+        cut = jnp.maximum(jnp.asarray(self.factor, dtype) * state.scale, min_scale)
         scale = jnp.where(drop, cut, state.scale)
-        learning_rate = self._rate(self._base_rate(state.step, base.dtype), scale)
+        learning_rate = self._rate(self._base_rate(state.step, dtype), scale)
         return state._replace(
             learning_rate=learning_rate,
             scale=scale,
@@ -262,4 +237,33 @@ class Controller:
         )
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
-        return optax.GradientTransformationExtraArgs(self.init, self.update)
+        # Compiled here for those who do not compile their step: traced anew at every
+        # step, the conditional in it would be compiled anew as well.
+        advance = jax.jit(self._advance)
+
+        def update(
+            updates: optax.Updates,
+            state: ControllerState,
+            params: optax.Params | None = None,
+            *,
+            grad: optax.Updates | None = None,
+            value: jax.typing.ArrayLike | None = None,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, ControllerState]:
+            del extra_args
+            _checks.params(params)
+            direction, dtype = updates, state.scale.dtype
+            rate = self._rate(self._base_rate(state.step, dtype), state.scale)
+            updates = _tree.scale(-rate, direction)
+            transition = Transition(
+                params=params,
+                # As the caller will compute them, so that XLA merges the two.
+                new_params=optax.apply_updates(params, updates),
+                direction=direction,
+                grad=direction if grad is None else grad,
+                learning_rate=rate,
+                value=value,
+            )
+            return updates, advance(state, self._row(transition))
+
+        return optax.GradientTransformationExtraArgs(self.init, update)

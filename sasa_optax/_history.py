@@ -209,7 +209,9 @@ class History:
         with open(path) as file:
             for line in file:
                 row = json.loads(line)
-                history.record({k: math.nan if v is None else v for k, v in row.items()})
+                history.record(
+                    {k: math.nan if v is None else v for k, v in row.items()}
+                )
         return history
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
@@ -262,10 +264,10 @@ class History:
 
     def _plot_rate(self, ax: "Axes") -> None:
         # A step from each drop to the next, not a slope between two records.
-        steps, rates = self._column(self.rate_name)
-        points = list(zip(steps, rates, strict=True))
+        points = []
         for drop in self.drops:
             points += [(drop.step, drop.old_rate), (drop.step, drop.new_rate)]
+        points += zip(*self._column(self.rate_name), strict=True)
         points.sort(key=lambda point: point[0])
         ax.plot(*zip(*points, strict=True), color="tab:green")
         for drop in self.drops:
@@ -286,11 +288,9 @@ class History:
             ax.text(0.5, 0.5, "no test yet", transform=ax.transAxes, ha="center")
             return
         fired = {drop.step for drop in self.drops}
-        widths = []
         for step, row in tests.items():
             below = row["test_mean"] - row["test_lower"]
             above = row["test_upper"] - row["test_mean"]
-            widths += [below, above]
             color, marker = ("tab:red", "v") if step in fired else ("tab:gray", ".")
             ax.errorbar(
                 step,
@@ -300,7 +300,10 @@ class History:
                 marker=marker,
                 linewidth=1,
             )
-        # Each drop shrinks the statistic, so a linear axis would show the first alone.
+        # Each drop shrinks the statistic, so a linear axis would show the first alone;
+        # around zero it is linear as far as the narrowest interval that mattered.
+        shown = [row for step, row in tests.items() if step in fired or not fired]
+        widths = [row["test_upper"] - row["test_lower"] for row in shown]
         linear = min((width for width in widths if width > 0), default=1.0)
         ax.set_yscale("symlog", linthresh=linear)
         ax.plot([], [], "v", color="tab:red", label="fired: rate cut")

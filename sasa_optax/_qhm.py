@@ -80,8 +80,8 @@ def scale_by_qhm(
       nu: the weight of the average, in [0, 1]. Default 1.0.
 
     Returns:
-      An `optax.GradientTransformation` from gradients to directions, in the same dtypes;
-      its state is a `ScaleByQhmState`.
+      An `optax.GradientTransformation` from gradients to directions of the same dtypes,
+      whose state is a `ScaleByQhmState`.
 
     Raises:
       ValueError: at construction, if an argument is out of range.

@@ -114,8 +114,8 @@ def scale_by_sasa_plus(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies a learning rate that drops when the dynamics are stationary.
 
-    Last in a chain of directions, as `optax.scale_by_learning_rate` would be: it applies
-    the rate and the minus sign. At every step it records
+    Last in a chain of directions, where `optax.scale_by_learning_rate` would be: it
+    applies the rate and the minus sign. At every step it records
 
     .. math::
 
@@ -155,8 +155,8 @@ def scale_by_sasa_plus(
       test_interval: steps between tests, at least 1. Default 100, or by
         ``steps_per_epoch``.
       warmup_steps: no drop in this many first steps. Default 0.
-      max_window: the capacity of the window, more than ``min_samples``; it takes 4 bytes
-        a sample, 8 for the equivalence test. Default 16384.
+      max_window: the capacity of the window, more than ``min_samples``, at 4 bytes a
+        sample, 8 for the equivalence test. Default 16384.
       min_learning_rate: the rate never drops below this, in [0, inf). At it, the test
         goes on, and fires without effect. Default 0.0.
 
@@ -488,9 +488,8 @@ def reduce_on_stationarity(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ControllerState]:
-        updates, state = controller.update(
-            _tree.scale(-1.0, updates), state, params, **extra_args
-        )
+        direction = _tree.scale(-1.0, updates)
+        updates, state = controller.update(direction, state, params, **extra_args)
         return updates, state._replace(learning_rate=None)
 
     return optax.GradientTransformationExtraArgs(init, update)

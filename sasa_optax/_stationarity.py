@@ -208,7 +208,9 @@ class ZeroMeanTest:
         p_values = _two_sided_p_value(means, estimate)
         could_be_zero = p_values >= self.significance
         zero_inside = jnp.where(
-            samples.num_drops == 0, could_be_zero[0] & could_be_zero[1], could_be_zero[2]
+            samples.num_drops == 0,
+            could_be_zero[0] & could_be_zero[1],
+            could_be_zero[2],
         )
         same_sign = jnp.sign(older) == jnp.sign(newer)
         return TestResult(

@@ -22,7 +22,9 @@ def _normal_deviate(t: jax.Array, dof: jax.Array) -> jax.Array:
     a = dof - 0.5
     b = 48 * a * a
     w = a * jnp.log1p(t * t / dof)
-    correction = (((4 * w + 33) * w + 240) * w + 855) / (10 * b * (b + 0.8 * w * w + 100))
+    correction = (((4 * w + 33) * w + 240) * w + 855) / (
+        10 * b * (b + 0.8 * w * w + 100)
+    )
     return jnp.sqrt(w) * (1 + (w + 3) / b - correction)
 
 

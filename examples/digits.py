@@ -1,0 +1,261 @@
+"""Train a Flax NNX model on scikit-learn's handwritten digits, with no schedule.
+
+Compares SASA+ with the same optimizer at a constant rate, and under a cosine schedule
+whose peak was tuned on validation images; then draws what SASA+ did, and why.
+
+    python examples/digits.py --epochs 400 --seeds 3 --out demo
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import sasa_optax
+
+# Of normalised momentum: 1.0 moves like optax.sgd(0.1, momentum=0.9).
+LEARNING_RATE = 1.0
+COSINE_PEAKS = (0.1, 0.3, 1.0, 3.0, 10.0)
+WEIGHT_DECAY = 1e-3
+RECORD_EVERY = 25
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+class Mlp(nnx.Module):
+    """Two hidden layers on the 64 pixels."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.hidden1 = nnx.Linear(64, 128, rngs=rngs)
+        self.hidden2 = nnx.Linear(128, 128, rngs=rngs)
+        self.logits = nnx.Linear(128, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nnx.relu(self.hidden1(images))
+        return self.logits(nnx.relu(self.hidden2(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Images as (n, 64) float32 in [0, 1], with their labels."""
+
+    train: Arrays
+    validation: Arrays
+    test: Arrays
+
+
+def load() -> Digits:
+    digits = load_digits()
+    images = (digits.data / 16).astype(np.float32)
+    order = np.arange(len(images))
+    rest, test = train_test_split(
+        order, test_size=400, random_state=0, stratify=digits.target
+    )
+    train, validation = train_test_split(
+        rest, test_size=200, random_state=0, stratify=digits.target[rest]
+    )
+    parts = [(images[part], digits.target[part]) for part in (train, validation, test)]
+    return Digits(*parts)
+
+
+def shift(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Moves each image by up to a pixel in each direction."""
+    padded = jnp.pad(images.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
+    corners = jax.random.randint(key, (len(images), 2), 0, 3)
+    crop = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, at, (8, 8)))
+    return crop(padded, corners).reshape(-1, 64)
+
+
+def loss_fn(model: Mlp, images: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = model(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@nnx.jit
+def train_step(
+    model: Mlp,
+    optimizer: nnx.Optimizer,
+    rngs: nnx.Rngs,
+    images: jax.Array,
+    labels: jax.Array,
+) -> jax.Array:
+    shifted = shift(images, rngs.shift())
+    loss, grads = nnx.value_and_grad(loss_fn)(model, shifted, labels)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def accuracy(model: Mlp, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """In percent."""
+    return 100 * jnp.mean(jnp.argmax(model(images), axis=-1) == labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: its accuracies in percent, and its time."""
+
+    validation: float
+    test: float
+    seconds: float
+    history: sasa_optax.History
+
+
+def train(
+    transformation: optax.GradientTransformation,
+    digits: Digits,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    advance: Callable[[], None],
+    report: Callable[[sasa_optax.Drop], None] | None = None,
+) -> Run:
+    """Trains from scratch; with ``report``, keeps a history and reports each drop."""
+    started = time.perf_counter()
+    model = Mlp(nnx.Rngs(seed))
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    step = nnx.cached_partial(train_step, model, optimizer, nnx.Rngs(shift=seed))
+    history, losses = sasa_optax.History(), []
+    shuffle = np.random.default_rng(seed)
+    images, labels = digits.train
+    for _ in range(epochs):
+        order = shuffle.permutation(len(labels))
+        for start in range(0, len(labels) - batch_size + 1, batch_size):
+            rows = order[start : start + batch_size]
+            losses.append(step(images[rows], labels[rows]))
+            if report is not None and len(losses) == RECORD_EVERY:
+                metrics = sasa_optax.metrics(optimizer.opt_state)
+                drop = history.record(metrics, loss=jnp.mean(jnp.stack(losses)))
+                if drop is not None:
+                    report(drop)
+                losses.clear()
+        advance()
+    return Run(
+        validation=float(accuracy(model, *digits.validation)),
+        test=float(accuracy(model, *digits.test)),
+        seconds=time.perf_counter() - started,
+        history=history,
+    )
+
+
+def summary(name: str, runs: list[Run], final_rate: str, drops: str) -> list[str]:
+    """A row of the table: mean and spread over the seeds."""
+    tests = [run.test for run in runs]
+    spread = f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
+    seconds = statistics.mean(run.seconds for run in runs)
+    accuracy = f"{statistics.mean(tests):.2f}{spread}"
+    return [name, accuracy, final_rate, drops, f"{seconds:.1f}"]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console()
+    digits = load()
+    steps_per_epoch = len(digits.train[1]) // args.batch_size
+    num_steps = args.epochs * steps_per_epoch
+    seeds = range(args.seed, args.seed + args.seeds)
+    console.print(
+        f"{len(digits.train[1])} training images, {steps_per_epoch} steps an epoch, "
+        f"{num_steps} steps a run, {args.seeds} seeds."
+    )
+
+    with Progress(console=console) as progress:
+        total = (len(COSINE_PEAKS) + 2) * args.seeds * args.epochs
+        task = progress.add_task("training", total=total)
+
+        def runs(
+            name: str,
+            transformation: optax.GradientTransformation,
+            report: Callable[[sasa_optax.Drop], None] | None = None,
+        ) -> list[Run]:
+            progress.update(task, description=name)
+            return [
+                train(
+                    transformation,
+                    digits,
+                    epochs=args.epochs,
+                    batch_size=args.batch_size,
+                    seed=seed,
+                    advance=lambda: progress.advance(task),
+                    report=report,
+                )
+                for seed in seeds
+            ]
+
+        constant = runs(
+            "constant rate",
+            sasa_optax.qhm(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        )
+        cosines = {}
+        for peak in COSINE_PEAKS:
+            schedule = optax.cosine_decay_schedule(peak, num_steps)
+            optimizer = sasa_optax.qhm(schedule, weight_decay=WEIGHT_DECAY)
+            cosines[peak] = runs(f"cosine from {peak:g}", optimizer)
+        ours = runs(
+            "SASA+",
+            sasa_optax.sasa_plus(
+                LEARNING_RATE,
+                weight_decay=WEIGHT_DECAY,
+                steps_per_epoch=steps_per_epoch,
+            ),
+            report=lambda drop: console.print(f"SASA+, {drop}"),
+        )
+
+    def validation(peak: float) -> float:
+        return statistics.mean(run.validation for run in cosines[peak])
+
+    best = max(COSINE_PEAKS, key=validation)
+    final_rates = sorted({run.history.rows[-1]["learning_rate"] for run in ours})
+    drops = sorted({len(run.history.drops) for run in ours})
+    table = Table(title="Digits: the same momentum SGD, three ways to set its rate")
+    for column in ("rate", "test accuracy, %", "final rate", "drops", "seconds a run"):
+        table.add_column(column, justify="left" if column == "rate" else "right")
+    for row in (
+        summary(f"constant {LEARNING_RATE:g}", constant, f"{LEARNING_RATE:g}", "-"),
+        summary(f"cosine, best of {len(cosines)}: {best:g}", cosines[best], "0", "-"),
+        summary(
+            f"SASA+ from {LEARNING_RATE:g}",
+            ours,
+            ", ".join(f"{rate:.1g}" for rate in final_rates),
+            ", ".join(map(str, drops)),
+        ),
+    ):
+        table.add_row(*row)
+    console.print(table)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    history = ours[0].history
+    history.plot(args.out / "digits.png")
+    history.to_csv(args.out / "digits.csv")
+    history.to_jsonl(args.out / "digits.jsonl")
+    console.print(
+        f"What SASA+ did, and why: {args.out / 'digits.png'} (seed {seeds[0]})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,472 @@
+"""When a test runs, what a drop does, and what the state looks like throughout."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sasa_optax
+
+# Small enough that a test comes within a few steps.
+_SMALL: dict[str, Any] = {
+    "min_samples": 4,
+    "test_interval": 1,
+    "leak_ratio": 1,
+    "max_window": 32,
+}
+
+# Each public optimizer, ready to use, with its parameters' learning rate of one.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    "sasa": functools.partial(sasa_optax.sasa, 1.0),
+    "sasa_plus": functools.partial(sasa_optax.sasa_plus, 1.0),
+    "sasa_plus_equivalence": functools.partial(
+        sasa_optax.sasa_plus, 1.0, nu=0.5, weight_decay=0.1, test="equivalence"
+    ),
+    "scale_by_sasa_plus": functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
+    "reduce_on_stationarity": sasa_optax.reduce_on_stationarity,
+}
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
+
+
+def always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+    return sasa_optax.TestResult(mean=jnp.sum(samples.values), stationary=True)
+
+
+def _states(
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    grad: float | Callable[[int], float] = 0.1,
+) -> Iterator[Any]:
+    params = jnp.ones(2)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step in range(1, num_steps + 1):
+        g = grad(step) if callable(grad) else grad
+        updates, state = update(jnp.full(2, g), state, params)
+        params = optax.apply_updates(params, updates)
+        yield state
+
+
+def _drop_steps(optimizer: optax.GradientTransformation, num_steps: int) -> list[int]:
+    drops = [
+        int(optax.tree.get(state, "num_drops"))
+        for state in _states(optimizer, num_steps)
+    ]
+    return (np.flatnonzero(np.diff(drops, prepend=0)) + 1).tolist()
+
+
+@hypothesis.given(
+    min_samples=st.integers(4, 12),
+    test_interval=st.integers(1, 9),
+    leak_ratio=st.integers(1, 4),
+    warmup_steps=st.integers(0, 30),
+)
+@hypothesis.settings(max_examples=12)
+def test_drops_come_exactly_when_the_rule_says(
+    min_samples: int, test_interval: int, leak_ratio: int, warmup_steps: int
+) -> None:
+    optimizer = sasa_optax.scale_by_sasa_plus(
+        0.5,
+        test=always_stationary,
+        min_samples=min_samples,
+        test_interval=test_interval,
+        leak_ratio=leak_ratio,
+        warmup_steps=warmup_steps,
+        max_window=16,
+    )
+    expected, since = [], 0
+    for step in range(1, 81):
+        since += 1
+        kept = min(-(-since // leak_ratio), 16)
+        due = kept > min_samples and step % test_interval == 0
+        if due and step > warmup_steps:
+            expected.append(step)
+            since = 0
+    assert _drop_steps(optimizer, 80) == expected
+
+
+def test_before_the_end_of_warmup_a_test_is_noted_but_not_acted_on() -> None:
+    optimizer = sasa_optax.scale_by_sasa_plus(
+        0.5, test=always_stationary, **_SMALL | {"warmup_steps": 8}
+    )
+    *_, last = _states(optimizer, 8)
+    assert bool(last.last_test.stationary)
+    assert int(last.last_test.step) == 8
+    assert int(last.num_drops) == 0
+    assert float(last.learning_rate) == 0.5
+
+
+def test_a_drop_cuts_the_rate_and_empties_the_window() -> None:
+    optimizer = sasa_optax.scale_by_sasa_plus(
+        0.5, test=always_stationary, factor=0.25, **_SMALL
+    )
+    before, after, restarted = list(_states(optimizer, 6))[3:]
+    assert float(before.learning_rate) == 0.5
+    assert float(after.learning_rate) == 0.125
+    assert int(after.window.total) == 0
+    assert int(after.last_test.num_samples) == 5
+    assert int(restarted.window.total) == 1
+
+
+def test_the_new_rate_serves_the_next_step() -> None:
+    optimizer = sasa_optax.scale_by_sasa_plus(1.0, test=always_stationary, **_SMALL)
+    params = jnp.ones(2)
+    state, grads, moves = optimizer.init(params), jnp.ones(2), []
+    for _ in range(6):
+        updates, state = optimizer.update(grads, state, params)
+        moves.append(float(updates[0]))
+    np.testing.assert_allclose(moves, [-1, -1, -1, -1, -1, -0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sasa", "sasa_plus"])
+def test_momentum_starts_afresh_after_a_drop(name: str) -> None:
+    beta = 0.9
+    optimizer = getattr(sasa_optax, name)(1.0, momentum=beta, **_SMALL)
+    grads = jnp.array([1.0, -2.0])
+    state = optimizer.init(jnp.ones(2))
+    for _ in range(3):
+        _, state = optimizer.update(grads, state, jnp.ones(2))
+    np.testing.assert_allclose(state.trace, (1 - beta**3) * grads, rtol=1e-6)
+    emptied = state.controller.window._replace(total=jnp.zeros((), jnp.int32))
+    dropped = state._replace(controller=state.controller._replace(window=emptied))
+    _, state = optimizer.update(grads, dropped, jnp.ones(2))
+    np.testing.assert_allclose(state.trace, (1 - beta) * grads, rtol=1e-6)
+
+
+def test_at_the_floor_nothing_drops_any_more() -> None:
+    optimizer = sasa_optax.scale_by_sasa_plus(
+        0.5, test=always_stationary, min_learning_rate=0.02, **_SMALL
+    )
+    states = list(_states(optimizer, 40))
+    rates = [float(state.learning_rate) for state in states]
+    assert sorted(set(rates)) == pytest.approx([0.02, 0.05, 0.5])
+    assert min(rates) >= np.float32(0.02)
+    assert int(states[-1].num_drops) == 2
+    assert bool(states[-1].last_test.stationary)
+    assert int(states[-1].last_test.step) == 40
+
+
+def test_min_scale_is_the_floor_of_the_scale() -> None:
+    optimizer = sasa_optax.reduce_on_stationarity(
+        test=always_stationary, min_scale=0.05, **_SMALL
+    )
+    scales = [float(state.scale) for state in _states(optimizer, 20)]
+    assert sorted(set(scales)) == pytest.approx([0.05, 0.1, 1.0])
+    assert min(scales) >= np.float32(0.05)
+
+
+def test_a_schedule_is_scaled_by_the_drops_and_may_go_below_the_floor() -> None:
+    schedule = optax.linear_schedule(0.0, 1.0, 10)
+    optimizer = sasa_optax.scale_by_sasa_plus(
+        schedule,
+        test=always_stationary,
+        min_learning_rate=0.3,
+        factor=0.5,
+        warmup_steps=11,
+        **_SMALL,
+    )
+    states = list(_states(optimizer, 20))
+    rates = [float(state.learning_rate) for state in states]
+    # Each state holds the rate of the step to come.
+    warmup = [float(schedule(step)) for step in range(1, 12)]
+    np.testing.assert_allclose(rates[:11], warmup, rtol=1e-6)
+    np.testing.assert_allclose(rates[11:], [0.5] * 5 + [0.3] * 4, rtol=1e-6)
+
+
+def test_the_rate_can_be_changed_by_hand_through_the_scale() -> None:
+    optimizer = sasa_optax.sasa_plus(0.5)
+    state = optimizer.init(PARAMS)
+    state = optax.tree.set(state, scale=jnp.float32(0.1))
+    _, state = optimizer.update(PARAMS, state, PARAMS)
+    assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_samples_that_are_not_finite_are_counted_and_nothing_else(
+    name: str, bad: float
+) -> None:
+    # The square of 1e30 overflows in float32, though the gradient is finite.
+    optimizer = OPTIMIZERS[name](**_SMALL)
+    params = jnp.ones(2)
+    good = optimizer.init(params)
+    for _ in range(6):
+        _, good = optimizer.update(jnp.full(2, 0.1), good, params)
+    _, after = optimizer.update(jnp.full(2, bad), good, params)
+
+    get = optax.tree.get
+    assert int(get(after, "num_nonfinite")) == 1
+    unchanged = ("scale", "num_drops", "last_test", "window")
+    for field in unchanged:
+        chex.assert_trees_all_equal(get(after, field), get(good, field))
+    controller = get(after, "window"), get(after, "last_test"), get(after, "scale")
+    chex.assert_tree_all_finite(controller)
+
+
+def test_a_result_that_is_not_finite_never_fires() -> None:
+    def broken(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+        return sasa_optax.TestResult(mean=jnp.nan, upper=jnp.inf, stationary=True)
+
+    optimizer = sasa_optax.scale_by_sasa_plus(0.5, test=broken, **_SMALL)
+    *_, last = _states(optimizer, 10)
+    assert int(last.last_test.step) == 10
+    assert int(last.num_drops) == 0
+    chex.assert_tree_all_finite(last)
+
+
+def test_gradients_of_zero_are_no_evidence() -> None:
+    for name, make in OPTIMIZERS.items():
+        *_, last = _states(make(**_SMALL), 20, grad=0.0)
+        assert int(optax.tree.get(last, "num_drops")) == 0, name
+
+
+def test_a_statistic_and_a_test_of_ones_own() -> None:
+    def gradient_norm(t: sasa_optax.Transition) -> sasa_optax.Sample:
+        return sasa_optax.Sample(jnp.sqrt(t.squared_norm(t.grad)))
+
+    def small_on_average(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+        mean = sasa_optax.estimate_mean(samples).mean
+        return sasa_optax.TestResult(mean=mean, stationary=mean < 1.0)
+
+    optimizer = sasa_optax.sasa_plus(
+        0.5, statistic=gradient_norm, test=small_on_average, **_SMALL
+    )
+    shrinking = list(_states(optimizer, 30, lambda k: 3.0 / k))
+    means = [float(optax.tree.get(state, "last_test").mean) for state in shrinking]
+    drops = [int(optax.tree.get(state, "num_drops")) for state in shrinking]
+    first = drops.index(1)
+    norms = np.sqrt(2) * 3.0 / np.arange(1, 31)
+    np.testing.assert_allclose(means[first], norms[: first + 1].mean(), rtol=1e-5)
+    assert norms[: first + 1].mean() < 1.0 <= norms[:first].mean()
+
+
+def test_statistics_can_read_the_value_and_the_gradient() -> None:
+    seen = []
+
+    def statistic(t: sasa_optax.Transition) -> sasa_optax.Sample:
+        seen.append((t.value, t.grad))
+        assert t.value is not None
+        return sasa_optax.Sample(t.value)
+
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        sasa_optax.scale_by_sasa_plus(0.1, statistic=statistic),
+    )
+    grads = jnp.ones(2)
+    state = optimizer.init(grads)
+    optimizer.update(grads, state, grads, value=jnp.float32(7.0), grad=grads)
+    assert float(seen[0][0]) == 7.0
+    assert seen[0][1] is grads
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestEveryOptimizer:
+    def test_types_and_shapes_never_change(self, name: str) -> None:
+        optimizer = OPTIMIZERS[name](**_SMALL)
+        state = optimizer.init(PARAMS)
+        shapes = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (PARAMS, state))
+        updates, after = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        types = [
+            (before.aval.weak_type, leaf.aval.weak_type)
+            for before, leaf in zip(
+                jax.tree.leaves(state), jax.tree.leaves(after), strict=True
+            )
+        ]
+        assert set(types) == {(False, False)}
+
+    def test_every_leaf_has_a_buffer_of_its_own(self, name: str) -> None:
+        params = jax.tree.map(jnp.zeros_like, PARAMS)
+        for init in (OPTIMIZERS[name]().init, jax.jit(OPTIMIZERS[name]().init)):
+            leaves = jax.tree.leaves((params, init(params)))
+            pointers = {leaf.unsafe_buffer_pointer() for leaf in leaves}
+            assert len(pointers) == len(leaves)
+
+    def test_params_and_state_can_be_donated(self, name: str) -> None:
+        optimizer = OPTIMIZERS[name](**_SMALL)
+        chex.clear_trace_counter()
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        @chex.assert_max_traces(n=1)
+        def step(params: Any, state: Any, grads: Any) -> Any:
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.tree.map(jnp.copy, PARAMS)
+        state, grads = optimizer.init(params), PARAMS
+        for _ in range(8):
+            old = params, optax.tree.get(state, "window").buffer
+            params, state = step(params, state, grads)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        chex.assert_tree_all_finite((params, state))
+
+    def test_scan_equals_a_loop(self, name: str) -> None:
+        optimizer = OPTIMIZERS[name](**_SMALL)
+        noise = 0.1 * jax.random.normal(jax.random.key(0), (40, 2))
+
+        def step(carry: Any, grads: jax.Array) -> Any:
+            params, state = carry
+            updates, state = optimizer.update(grads + 0.1 * params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jnp.ones(2)
+        start = params, optimizer.init(params)
+        scanned, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))(start)
+        jitted, looped = jax.jit(step), start
+        for grads in noise:
+            looped, _ = jitted(looped, grads)
+        chex.assert_trees_all_close(scanned, looped, rtol=1e-4, atol=1e-5)
+        assert int(optax.tree.get(scanned[1], "last_test").step) > 0
+
+    def test_updates_keep_their_dtypes(self, name: str) -> None:
+        params = {
+            "half": jnp.ones(2, jnp.bfloat16),
+            "single": jnp.ones(2, jnp.float32),
+            "complex": jnp.ones(2, jnp.complex64),
+        }
+        optimizer = OPTIMIZERS[name]()
+        updates, state = optimizer.update(params, optimizer.init(params), params)
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        assert optax.tree.get(state, "scale").dtype == jnp.float32
+
+    @pytest.mark.usefixtures("x64")
+    def test_double_precision_is_kept(self, name: str) -> None:
+        params = {"x": jnp.ones(2, jnp.float64), "y": jnp.ones(2, jnp.float32)}
+        optimizer = OPTIMIZERS[name](**_SMALL)
+        state = optimizer.init(params)
+        updates, after = optimizer.update(params, state, params)
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        chex.assert_trees_all_equal_dtypes(after, state)
+        assert optax.tree.get(after, "window").buffer.dtype == jnp.float64
+
+    def test_without_params_it_says_what_to_call(self, name: str) -> None:
+        optimizer = OPTIMIZERS[name]()
+        state = optimizer.init(PARAMS)
+        with pytest.raises(
+            ValueError, match=r"optimizer\.update\(grads, state, params"
+        ):
+            optimizer.update(PARAMS, state)
+
+    def test_unknown_extra_arguments_are_ignored(self, name: str) -> None:
+        optimizer = OPTIMIZERS[name]()
+        state = optimizer.init(PARAMS)
+        plain = optimizer.update(PARAMS, state, PARAMS)
+        extra = optimizer.update(
+            PARAMS, state, PARAMS, value=1.0, grad=PARAMS, value_fn=print, other="x"
+        )
+        chex.assert_trees_all_equal(plain, extra)
+
+    def test_the_state_holds_what_the_contract_names(self, name: str) -> None:
+        state = OPTIMIZERS[name]().init(PARAMS)
+        assert int(optax.tree.get(state, "num_drops")) == 0
+        assert int(optax.tree.get(state, "num_nonfinite")) == 0
+        assert isinstance(optax.tree.get(state, "last_test"), sasa_optax.TestResult)
+        rate = "scale" if name == "reduce_on_stationarity" else "learning_rate"
+        assert float(optax.tree.get(state, rate)) == 1.0
+
+    def test_it_survives_inject_hyperparams(self, name: str) -> None:
+        make = OPTIMIZERS[name]
+        factory = make.func if isinstance(make, functools.partial) else make
+        args = () if name == "reduce_on_stationarity" else (0.25,)
+        static = ("statistic",) if "plus" in name or "reduce" in name else ()
+        injected = optax.inject_hyperparams(factory, static_args=static)(
+            *args, **_SMALL
+        )
+        plain = factory(*args, **_SMALL)
+        state, expected = injected.init(PARAMS), plain.init(PARAMS)
+        update, reference = jax.jit(injected.update), jax.jit(plain.update)
+        for _ in range(8):
+            updates, state = update(PARAMS, state, PARAMS)
+            wanted, expected = reference(PARAMS, expected, PARAMS)
+            chex.assert_trees_all_close(updates, wanted, rtol=1e-5)
+        chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-5)
+        assert int(optax.tree.get(expected, "last_test").step) >= 5
+
+
+class QhmVariants(chex.TestCase):
+    @chex.variants(
+        with_jit=True, without_jit=True, with_device=True, without_device=True
+    )
+    def test_qhm_at_nu_one_is_sgd_with_momentum_a_tenth_the_rate(self) -> None:
+        ours, theirs = sasa_optax.qhm(1.0, momentum=0.9), optax.sgd(0.1, momentum=0.9)
+        params = jnp.arange(4.0)
+        state, other = ours.init(params), theirs.init(params)
+        update, reference = self.variant(ours.update), self.variant(theirs.update)
+        for grads in jax.random.normal(jax.random.key(0), (5, 4)):
+            updates, state = update(grads, state, params)
+            expected, other = reference(grads, other, params)
+            chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+    @chex.variants(
+        with_jit=True, without_jit=True, with_device=True, without_device=True
+    )
+    def test_qhm_at_nu_zero_is_sgd(self) -> None:
+        ours = sasa_optax.qhm(0.1, momentum=0.9, nu=0.0)
+        params = jnp.arange(4.0)
+        updates, _ = self.variant(ours.update)(params, ours.init(params), params)
+        chex.assert_trees_all_close(updates, -0.1 * params, rtol=1e-6)
+
+
+def test_an_array_given_as_the_rate_is_not_donated_away() -> None:
+    rate = jnp.array(0.5)
+    optimizer = sasa_optax.sasa_plus(rate)
+    step = jax.jit(optimizer.update, donate_argnums=1)
+    _, state = step(PARAMS, optimizer.init(PARAMS), PARAMS)
+    step(PARAMS, state, PARAMS)
+    assert float(rate) == 0.5
+
+
+def test_under_inject_hyperparams_the_rate_can_be_set_by_hand() -> None:
+    optimizer = optax.inject_hyperparams(
+        sasa_optax.scale_by_sasa_plus, static_args="statistic"
+    )(0.5)
+    state = optimizer.init(PARAMS)
+    state.hyperparams["learning_rate"] = jnp.float32(0.25)
+    updates, _ = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda x: -0.25 * x, PARAMS))
+
+
+def test_without_jit_the_second_step_compiles_nothing() -> None:
+    optimizer = sasa_optax.sasa_plus(0.1, nu=0.7, weight_decay=0.1)
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        _, state = optimizer.update(PARAMS, state, PARAMS)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        messages = []
+        patch.setattr(
+            "logging.Logger.handle", lambda _, record: messages.append(record)
+        )
+        optimizer.update(PARAMS, state, PARAMS)
+    assert [m.getMessage() for m in messages if "ompil" in m.getMessage()] == []
+
+
+def test_momentum_sgd_with_the_controller_needs_no_temporary() -> None:
+    params = {f"w{i}": jnp.ones((500, 500)) for i in range(4)}
+    size = 4 * 500 * 500 * 4
+    for optimizer in (sasa_optax.sasa_plus(0.1), sasa_optax.sasa(0.1)):
+
+        def step(
+            params: Any,
+            state: Any,
+            grads: Any,
+            optimizer: optax.GradientTransformation = optimizer,
+        ) -> Any:
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(step, donate_argnums=(0, 1))
+        lowered = compiled.lower(params, optimizer.init(params), params)
+        memory = lowered.compile().memory_analysis()
+        # What is left is the window, laid out in order for the test.
+        window = 16384 * 4
+        assert memory.temp_size_in_bytes < 8 * window < 0.5 * size

@@ -1,0 +1,128 @@
+"""The traces of the authors' own package, statopt, reproduced step by step."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sasa_optax
+
+_VARIANCE = {
+    None: "iid",
+    "bm": "batch_means",
+    "olbm": "overlapping_batch_means",
+}
+# Beyond five drops the rate is rounding noise.
+_DROPS_COMPARED = 5
+
+
+def _load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    path = pathlib.Path(__file__).parent / "golden" / f"{name}.npz"
+    with np.load(path) as arrays:
+        trace = dict(arrays)
+    return trace, json.loads(str(trace.pop("meta")))
+
+
+def _run(
+    optimizer: optax.GradientTransformation,
+    trace: dict[str, np.ndarray],
+    meta: dict[str, Any],
+) -> tuple[np.ndarray, Any]:
+    """The parameters and the optimizer's state after every step."""
+    features, targets = jnp.asarray(trace["X"]), jnp.asarray(trace["y"])
+
+    def loss(w: jax.Array, rows: jax.Array) -> jax.Array:
+        outputs = features[rows] @ w
+        if meta["problem"] == "lsq":
+            return jnp.mean((outputs - targets[rows]) ** 2) / 2
+        return optax.softmax_cross_entropy_with_integer_labels(
+            outputs, targets[rows]
+        ).mean()
+
+    def step(carry: Any, rows: jax.Array) -> Any:
+        w, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(w, rows), state, w)
+        w = optax.apply_updates(w, updates)
+        seen = (
+            [
+                sasa_optax.metrics(state),
+                optax.tree.get(state, "window").buffer,
+            ]
+            if meta["optimizer"] != "QHM"
+            else None
+        )
+        return (w, state), (w, seen)
+
+    w0 = jnp.asarray(trace["w0"])
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, trace["order"])[1])
+    weights, seen = scan((w0, optimizer.init(w0)))
+    return np.asarray(weights), seen
+
+
+@pytest.mark.usefixtures("x64")
+def test_qhm() -> None:
+    trace, meta = _load("qhm_nu07")
+    kwargs = meta["statopt_kwargs"]
+    optimizer = sasa_optax.qhm(
+        kwargs["lr"],
+        momentum=kwargs["momentum"],
+        nu=kwargs["qhm_nu"],
+        weight_decay=kwargs["weight_decay"],
+    )
+    weights, _ = _run(optimizer, trace, meta)
+    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "name", ["sasa_plus_iid", "sasa_plus_batch_means", "sasa_plus_overlapping"]
+)
+def test_sasa_plus(name: str) -> None:
+    trace, meta = _load(name)
+    kwargs = meta["statopt_kwargs"]
+    optimizer = sasa_optax.sasa_plus(
+        kwargs["lr"],
+        momentum=kwargs["momentum"],
+        weight_decay=kwargs["weight_decay"],
+        variance=_VARIANCE[meta["var_mode"]],
+        min_samples=kwargs["minN_stats"],
+        test_interval=kwargs["testfreq"],
+        warmup_steps=kwargs["warmup"],
+        leak_ratio=kwargs["leak_ratio"],
+        max_window=2048,
+    )
+    weights, (metrics, buffers) = _run(optimizer, trace, meta)
+
+    dropped = np.diff(np.asarray(metrics["num_drops"]), prepend=0)
+    assert (np.flatnonzero(dropped) + 1).tolist() == meta["drop_steps"]
+
+    compared = meta["drop_steps"][:_DROPS_COMPARED][-1]
+    np.testing.assert_allclose(
+        metrics["learning_rate"][:compared], trace["lr"][:compared], rtol=1e-6
+    )
+    newest = np.asarray(buffers)[:, 0]
+    samples = newest[np.arange(compared), np.arange(compared) % newest.shape[1]]
+    np.testing.assert_allclose(samples, trace["statistic"][:compared], atol=1e-10)
+    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
+
+    # A test leaves its step in the state; nothing else may.
+    steps = trace["tests"][:, 0].astype(int)
+    assert np.unique(metrics["test_step"])[1:].tolist() == steps.tolist()
+    judged = trace["tests"][steps <= compared]
+    at = steps[steps <= compared] - 1
+    means = np.asarray(metrics["test_mean"])[at]
+    np.testing.assert_allclose(means, judged[:, 1], atol=1e-10)
+    stationary = np.asarray(metrics["test_stationary"])[steps - 1]
+    assert stationary.tolist() == trace["tests"][:, 4].astype(bool).tolist()
+    # statopt counts the degrees of freedom of batch means from the batches' length
+    # instead of their number, which moves the width by up to 1.6 %.
+    width_tolerance = 0.016 if meta["var_mode"] == "bm" else 1e-8
+    widths = np.asarray(metrics["test_upper"] - metrics["test_lower"])[at]
+    np.testing.assert_allclose(
+        widths, judged[:, 3] - judged[:, 2], rtol=width_tolerance
+    )

@@ -1,0 +1,190 @@
+"""metrics and History: what is logged, exported and drawn."""
+
+import csv
+import json
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import pytest
+
+import sasa_optax
+
+matplotlib.use("agg")
+
+_KEYS = {
+    "step",
+    "learning_rate",
+    "scale",
+    "num_drops",
+    "num_nonfinite",
+    "test_step",
+    "test_mean",
+    "test_lower",
+    "test_upper",
+    "test_p_value",
+    "test_num_samples",
+    "test_stationary",
+}
+_PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(2)}
+
+
+def _eager(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+    """Fires whenever it is asked."""
+    return sasa_optax.TestResult(mean=0.5, lower=-1.0, upper=2.0, stationary=True)
+
+
+def _train(record_every: int, num_steps: int = 60) -> sasa_optax.History:
+    optimizer = sasa_optax.sasa_plus(
+        1.0, test=_eager, min_samples=10, leak_ratio=2, test_interval=5, max_window=16
+    )
+    state, history = optimizer.init(_PARAMS), sasa_optax.History()
+    update = jax.jit(optimizer.update)
+    for step in range(1, num_steps + 1):
+        _, state = update(_PARAMS, state, _PARAMS)
+        if step % record_every == 0:
+            history.record(sasa_optax.metrics(state), loss=1.0 / step)
+    return history
+
+
+def test_metrics_are_scalars_with_the_documented_names_inside_jit() -> None:
+    optimizer = optax.chain(optax.clip(1.0), sasa_optax.sasa_plus(0.5))
+    metrics = jax.jit(sasa_optax.metrics)(optimizer.init(_PARAMS))
+    assert set(metrics) == _KEYS
+    assert {value.shape for value in metrics.values()} == {()}
+    assert float(metrics["learning_rate"]) == 0.5
+    assert not bool(metrics["test_stationary"])
+
+
+def test_metrics_of_a_scale_have_no_learning_rate() -> None:
+    optimizer = optax.chain(optax.adam(1e-3), sasa_optax.reduce_on_stationarity())
+    assert set(sasa_optax.metrics(optimizer.init(_PARAMS))) == _KEYS - {"learning_rate"}
+
+
+def test_metrics_find_the_controller_at_any_depth() -> None:
+    optimizer = optax.MultiSteps(
+        optax.masked(sasa_optax.sasa(0.5), {"w": True, "b": False}), every_k_schedule=2
+    )
+    state = optimizer.init(_PARAMS)
+    assert float(sasa_optax.metrics(state)["learning_rate"]) == 0.5
+
+
+def test_metrics_of_several_controllers_are_told_apart() -> None:
+    optimizer = optax.partition(
+        {"fast": sasa_optax.sasa_plus(1.0), "slow": sasa_optax.sasa_plus(0.1)},
+        {"w": "fast", "b": "slow"},
+    )
+    metrics = sasa_optax.metrics(optimizer.init(_PARAMS))
+    rates = {k: float(v) for k, v in metrics.items() if k.endswith("/learning_rate")}
+    assert len(metrics) == 2 * len(_KEYS)
+    assert sorted("fast" in name for name in rates) == [False, True]
+    assert all(
+        rate == pytest.approx(1.0 if "fast" in k else 0.1) for k, rate in rates.items()
+    )
+    with pytest.raises(ValueError, match="one controller"):
+        sasa_optax.History().record(metrics)
+
+
+def test_metrics_without_a_controller_say_so() -> None:
+    with pytest.raises(ValueError, match="opt_state holds no controller"):
+        sasa_optax.metrics(optax.adam(1e-3).init(_PARAMS))
+
+
+@pytest.mark.parametrize("record_every", [1, 3, 10])
+def test_every_drop_is_caught_with_the_test_that_made_it(record_every: int) -> None:
+    history = _train(record_every)
+    # More than 10 samples kept: 21 since the last drop; at a multiple of 5.
+    assert [drop.step for drop in history.drops] == [25, 50]
+    for drop, old_rate in zip(history.drops, (1.0, 0.1), strict=True):
+        assert drop.num_samples == 13
+        assert (drop.mean, drop.lower, drop.upper) == (0.5, -1.0, 2.0)
+        assert drop.old_rate == pytest.approx(old_rate)
+        assert drop.new_rate == pytest.approx(old_rate / 10)
+
+
+def test_a_drop_explains_itself() -> None:
+    history = _train(10)
+    first, second = history.explain().splitlines()
+    for part in ("step 25", "newest 13", "0.5", "[-1, 2]", "1 -> 0.1"):
+        assert part in first
+    assert "0.1 -> 0.01" in second
+    assert sasa_optax.History().explain() == "The rate has not dropped."
+
+
+def test_record_returns_the_drop_once() -> None:
+    optimizer = sasa_optax.scale_by_sasa_plus(
+        1.0, test=_eager, min_samples=4, leak_ratio=1, test_interval=1, max_window=5
+    )
+    state, history, returned = optimizer.init(_PARAMS), sasa_optax.History(), []
+    for _ in range(6):
+        _, state = optimizer.update(_PARAMS, state, _PARAMS)
+        returned.append(history.record(sasa_optax.metrics(state)))
+    assert [drop is not None for drop in returned] == [False] * 4 + [True, False]
+
+
+def test_rows_must_come_in_order() -> None:
+    history = _train(10, num_steps=20)
+    with pytest.raises(ValueError, match="not be older than the last row, of step 20"):
+        history.record(history.rows[0])
+
+
+def test_csv(tmp_path: Any) -> None:
+    history = _train(10)
+    history.to_csv(tmp_path / "run.csv")
+    with open(tmp_path / "run.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == _KEYS | {"loss"}
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50, 60]
+    rates = [float(row["learning_rate"]) for row in rows]
+    np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)
+
+
+def test_jsonl_comes_back_with_its_drops(tmp_path: Any) -> None:
+    history = _train(10)
+    history.record(history.rows[-1] | {"step": 70}, loss=math.nan)
+    history.to_jsonl(tmp_path / "run.jsonl")
+    last = (tmp_path / "run.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["loss"] is None
+    restored = sasa_optax.History.from_jsonl(tmp_path / "run.jsonl")
+    assert restored.drops == history.drops
+    assert restored.rows[:-1] == history.rows[:-1]
+    assert math.isnan(restored.rows[-1]["loss"])
+
+
+def test_the_picture_shows_loss_rate_and_tests(tmp_path: Any) -> None:
+    history = _train(5)
+    figure = history.plot(tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    loss, rate, tests = figure.axes
+    assert rate.get_yscale() == "log"
+    # The rate as drawn is vertical at each drop, and flat between them.
+    steps, rates = rate.lines[0].get_data()
+    drawn = dict.fromkeys(zip(steps, np.round(rates, 6), strict=True))
+    assert {(25, 1.0), (25, 0.1), (50, 0.1), (50, 0.01)} <= set(drawn)
+    assert np.all((np.diff(steps) == 0) | (np.diff(rates) == 0))
+    for ax in (loss, rate, tests):
+        vertical = {line.get_xdata()[0] for line in ax.lines if line.get_ls() == ":"}
+        assert vertical == {25, 50}
+    assert len(tests.containers) == len(
+        {row["test_step"] for row in history.rows} - {0}
+    )
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+def test_the_picture_of_a_run_without_drops(num_steps: int) -> None:
+    history = _train(5, num_steps=num_steps)
+    assert not history.drops
+    assert len(history.plot().axes) == 3
+
+
+def test_the_picture_needs_rows_and_matplotlib(monkeypatch: Any) -> None:
+    with pytest.raises(ValueError, match=r"History\.record"):
+        sasa_optax.History().plot()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"sasa-optax\[plot\]"):
+        _train(5, num_steps=5).plot()

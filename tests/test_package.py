@@ -1,0 +1,88 @@
+"""What a user meets first: the README's code, the import, the package's promises."""
+
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import matplotlib
+import pytest
+
+import sasa_optax
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_the_code_in_the_readme_runs(
+    monkeypatch: Any, tmp_path: Any, capsys: Any
+) -> None:
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    text = (_ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert (tmp_path / "run.png").exists()
+    assert "progress has stopped" in capsys.readouterr().out
+    params = names["params"]
+    names["optimizer"].update(params, names["optimizer"].init(params), params)
+
+
+def test_the_parts_of_ones_own_take_ten_lines() -> None:
+    text = (_ROOT / "README.md").read_text()
+    block = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[2]
+    assert len([line for line in block.splitlines() if line]) <= 10
+
+
+def test_importing_it_needs_the_core_dependencies_alone() -> None:
+    code = """
+import sys, jax, optax, numpy
+before = set(sys.modules)
+import sasa_optax
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(new - {"sasa_optax"} - set(sys.stdlib_module_names)))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert run.stdout.split() == []
+
+
+def test_the_public_names_exist_and_are_documented() -> None:
+    for name in sasa_optax.__all__:
+        public = getattr(sasa_optax, name)
+        if callable(public) and name not in ("Statistic", "StationarityTest"):
+            assert public.__doc__, name
+    for name in ("qhm", "sasa", "sasa_plus", "reduce_on_stationarity"):
+        assert ">>>" in getattr(sasa_optax, name).__doc__
+
+
+def test_the_oldest_versions_are_those_that_are_tested() -> None:
+    stated = dict(
+        re.match(r"(\w+)>=([\d.]+)", requirement).groups()
+        for requirement in importlib.metadata.requires("sasa-optax")
+        if "extra" not in requirement
+    )
+    pinned = dict(
+        line.split("==")
+        for line in (_ROOT / "tests" / "oldest.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert set(stated) == {"jax", "optax", "numpy"}
+    for name, version in stated.items():
+        assert pinned[name].startswith(version)
+
+
+def test_type_information_is_shipped() -> None:
+    assert (pathlib.Path(sasa_optax.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/calibration.md"])
+def test_links_within_the_repository_lead_somewhere(name: str) -> None:
+    page = _ROOT / name
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -1,0 +1,126 @@
+"""The leaky window against a plain list."""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sasa_optax import Window, _window
+
+STEPS = 256
+INT32_MAX = 2**31 - 1
+
+
+class Run(NamedTuple):
+    """Some samples to keep, then some to skip, then perhaps an empty window."""
+
+    num_kept: int
+    num_skipped: int
+    clear: bool
+
+
+# Runs rather than single steps: only long histories fill a window.
+histories = st.lists(
+    st.builds(Run, st.integers(0, 80), st.integers(0, 3), st.booleans()), max_size=8
+)
+
+
+def flags(history: list[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """For each of a fixed number of steps, whether to keep its sample, then clear."""
+    keep, clear = [], []
+    for run in history:
+        keep += [True] * run.num_kept + [False] * (run.num_skipped + 1)
+        clear += [False] * (run.num_kept + run.num_skipped) + [run.clear]
+    padding = [False] * STEPS
+    return np.array((keep + padding)[:STEPS]), np.array((clear + padding)[:STEPS])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def replay(capacity, samples, keep, clear, leak_ratio):
+    """What the window shows after every step."""
+
+    def step(window, inputs):
+        sample, keep, clear = inputs
+        window = _window.clear(_window.push(window, sample, keep), clear)
+        num_samples = _window.num_kept(window, leak_ratio)
+        shown = _window.contents(window, num_samples), num_samples
+        return window, (*shown, _window.is_empty(window))
+
+    window = _window.empty(samples.shape[1], capacity, samples.dtype)
+    return jax.lax.scan(step, window, (samples, keep, clear))[1]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@given(
+    history=histories,
+    # Each capacity is compiled once, so there are only a few.
+    capacity=st.sampled_from([5, 8, 13, 64]),
+    leak_ratio=st.integers(1, 9),
+)
+def test_window_is_the_newest_part_of_a_list(
+    width: int, history: list[Run], capacity: int, leak_ratio: int
+) -> None:
+    keep, clear = flags(history)
+    numbers = np.arange(1, STEPS + 1, dtype=np.float32)
+    samples = np.stack([numbers, -numbers][:width], axis=1)
+    # What is not kept must leave no trace, not even when it is not a number.
+    samples[~keep] = np.nan
+    shown = jax.device_get(replay(capacity, samples, keep, clear, leak_ratio))
+
+    model = []
+    for k, (contents, num_samples, is_empty) in enumerate(zip(*shown, strict=True)):
+        if keep[k]:
+            model.append(samples[k])
+        if clear[k]:
+            model.clear()
+        leaked = len(model) // leak_ratio + (len(model) % leak_ratio > 0)
+        newest = model[len(model) - min(leaked, capacity) :]
+        expected = np.zeros((width, capacity), np.float32)
+        expected[:, : len(newest)] = np.reshape(newest, (-1, width)).T
+        assert num_samples == len(newest)
+        assert is_empty == (not model)
+        np.testing.assert_array_equal(contents, expected)
+
+
+@pytest.mark.parametrize("leak_ratio", range(1, 10))
+def test_total_saturates(leak_ratio: int) -> None:
+    full = Window(jnp.ones((1, 7)), jnp.int32(3), jnp.int32(INT32_MAX))
+    for _ in range(2):
+        assert _window.num_kept(full, leak_ratio) == 7
+        full = _window.push(full, jnp.full(1, 2.0), jnp.bool_(True))
+    assert full.total == INT32_MAX
+    assert full.head == 5
+    np.testing.assert_array_equal(
+        _window.contents(full, jnp.int32(7)), [[1, 1, 1, 1, 1, 2, 2]]
+    )
+
+
+@pytest.mark.parametrize("leak_ratio", [1, 2, 8, INT32_MAX])
+@pytest.mark.parametrize("total", [0, 1, 7, 8, 9, INT32_MAX - 1, INT32_MAX])
+def test_ceiling_is_exact_up_to_the_end_of_int32(total: int, leak_ratio: int) -> None:
+    capacity = 10
+    window = Window(jnp.zeros((1, capacity)), jnp.int32(0), jnp.int32(total))
+    expected = min((total + leak_ratio - 1) // leak_ratio, capacity)
+    assert _window.num_kept(window, leak_ratio) == expected
+
+
+def test_initial_leaves_are_distinct_buffers() -> None:
+    leaves = jax.tree.leaves(_window.empty(1, 5, jnp.float32))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+def test_types_and_shapes_never_change(dtype: np.dtype) -> None:
+    window = _window.empty(2, 5, dtype)
+    chex.assert_shape(window.buffer, (2, 5))
+    assert [leaf.dtype for leaf in window] == [dtype, np.int32, np.int32]
+    pushed = _window.push(window, jnp.ones(2, dtype), jnp.bool_(True))
+    cleared = _window.clear(pushed, jnp.bool_(True))
+    chex.assert_trees_all_equal_shapes_and_dtypes(window, pushed, cleared)
+    assert _window.num_kept(pushed, 8).dtype == np.int32
+    assert _window.contents(pushed, jnp.int32(1)).dtype == dtype
