@@ -30,7 +30,7 @@ calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
 	$(BIN)/python benchmarks/calibration.py
 
 docs: $(VENV)/.docs  ## The documentation, into site/.
-	$(BIN)/mkdocs build --strict
+	$(BIN)/sphinx-build -q -W docs site
 
 clean:
 	rm -rf .venv .venv-oldest demo site

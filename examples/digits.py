@@ -32,7 +32,7 @@ COSINE_PEAKS = (0.1, 0.3, 1.0, 3.0, 10.0)
 WEIGHT_DECAY = 1e-3
 RECORD_EVERY = 25
 
-Arrays = tuple[np.ndarray, np.ndarray]
+Array = jax.Array | np.ndarray
 
 
 class Mlp(nnx.Module):
@@ -43,8 +43,8 @@ class Mlp(nnx.Module):
         self.hidden2 = nnx.Linear(128, 128, rngs=rngs)
         self.logits = nnx.Linear(128, 10, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = nnx.relu(self.hidden1(images))
+    def __call__(self, images: Array) -> jax.Array:
+        x = nnx.relu(self.hidden1(jnp.asarray(images)))
         return self.logits(nnx.relu(self.hidden2(x)))
 
 
@@ -52,26 +52,31 @@ class Mlp(nnx.Module):
 class Digits:
     """Images as (n, 64) float32 in [0, 1], with their labels."""
 
-    train: Arrays
-    validation: Arrays
-    test: Arrays
+    train: tuple[np.ndarray, np.ndarray]
+    validation: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
 
 
 def load() -> Digits:
-    digits = load_digits()
-    images = (digits.data / 16).astype(np.float32)
-    order = np.arange(len(images))
-    rest, test = train_test_split(
-        order, test_size=400, random_state=0, stratify=digits.target
-    )
-    train, validation = train_test_split(
-        rest, test_size=200, random_state=0, stratify=digits.target[rest]
-    )
-    parts = [(images[part], digits.target[part]) for part in (train, validation, test)]
-    return Digits(*parts)
+    pixels, labels = load_digits(return_X_y=True)
+    images = (pixels / 16).astype(np.float32)
+    rest, test = split(images, labels, 400)
+    train, validation = split(*rest, 200)
+    return Digits(train, validation, test)
 
 
-def shift(images: jax.Array, key: jax.Array) -> jax.Array:
+def split(
+    images: np.ndarray, labels: np.ndarray, num_held_out: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Images and labels that stay, then those held out; the same at every run."""
+    parts = train_test_split(
+        images, labels, test_size=num_held_out, random_state=0, stratify=labels
+    )
+    stay, out, stay_labels, out_labels = (np.asarray(part) for part in parts)
+    return (stay, stay_labels), (out, out_labels)
+
+
+def shift(images: Array, key: jax.Array) -> jax.Array:
     """Moves each image by up to a pixel in each direction."""
     padded = jnp.pad(images.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
     corners = jax.random.randint(key, (len(images), 2), 0, 3)
@@ -79,7 +84,7 @@ def shift(images: jax.Array, key: jax.Array) -> jax.Array:
     return crop(padded, corners).reshape(-1, 64)
 
 
-def loss_fn(model: Mlp, images: jax.Array, labels: jax.Array) -> jax.Array:
+def loss_fn(model: Mlp, images: Array, labels: Array) -> jax.Array:
     logits = model(images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -89,8 +94,8 @@ def train_step(
     model: Mlp,
     optimizer: nnx.Optimizer,
     rngs: nnx.Rngs,
-    images: jax.Array,
-    labels: jax.Array,
+    images: Array,
+    labels: Array,
 ) -> jax.Array:
     shifted = shift(images, rngs.shift())
     loss, grads = nnx.value_and_grad(loss_fn)(model, shifted, labels)
@@ -99,7 +104,7 @@ def train_step(
 
 
 @nnx.jit
-def accuracy(model: Mlp, images: jax.Array, labels: jax.Array) -> jax.Array:
+def accuracy(model: Mlp, images: Array, labels: Array) -> jax.Array:
     """In percent."""
     return 100 * jnp.mean(jnp.argmax(model(images), axis=-1) == labels)
 
@@ -162,7 +167,7 @@ def summary(name: str, runs: list[Run], final_rate: str, drops: str) -> list[str
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.core import Tracer
 
 
 def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
     """``value`` as a concrete real scalar; None if it is traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     try:
         array = np.asarray(value)
@@ -51,7 +53,7 @@ def integer(name: str, value: jax.typing.ArrayLike, at_least: int) -> None:
 
 def static_integer(name: str, value: Any, at_least: int) -> int:
     """As `integer`, for what fixes shapes or defaults and so cannot be traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(
             f"{name} must be a Python integer, got a traced value ({value}). Under "
             f"optax.inject_hyperparams, name it in static_args."
@@ -76,12 +78,13 @@ def learning_rate(value: Any, *, allow_schedule: bool) -> None:
     number("learning_rate", value, "(0, inf)")
 
 
-def params(params: Any) -> None:
+def params(params: optax.Params | None, what_for: str) -> optax.Params:
     if params is None:
         raise ValueError(
-            "The test for stationarity needs the current parameters: call "
+            f"{what_for} needs the current parameters: call "
             "`updates, state = optimizer.update(grads, state, params)`."
         )
+    return params
 
 
 def function(name: str, value: Any, signature: str) -> None:
@@ -90,7 +93,7 @@ def function(name: str, value: Any, signature: str) -> None:
 
 
 def exceeds(name: str, value: Any, other_name: str, other: Any) -> None:
-    if any(isinstance(x, jax.core.Tracer) for x in (value, other)):
+    if any(isinstance(x, Tracer) for x in (value, other)):
         return
     if not value > other:
         raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _tree, _window
+from sasa_optax import _checks, _tree, _types, _window
 from sasa_optax._stationarity import Samples, StationarityTest, TestResult
 from sasa_optax._statistics import Sample, Statistic, Transition
 
@@ -251,7 +251,7 @@ class Controller:
             **extra_args: Any,
         ) -> tuple[optax.Updates, ControllerState]:
             del extra_args
-            _checks.params(params)
+            params = _checks.params(params, "The test for stationarity")
             direction, dtype = updates, state.scale.dtype
             rate = self._rate(self._base_rate(state.step, dtype), state.scale)
             updates = _tree.scale(-rate, direction)
@@ -266,4 +266,4 @@ class Controller:
             )
             return updates, advance(state, self._row(transition))
 
-        return optax.GradientTransformationExtraArgs(self.init, update)
+        return _types.transformation(self.init, update)

@@ -1,12 +1,12 @@
 """Quasi-hyperbolic momentum, in its normalised form."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _tree
+from sasa_optax import _checks, _tree, _types
 
 
 class ScaleByQhmState(NamedTuple):
@@ -46,22 +46,20 @@ def qhm_step(
 
 
 def add_coupled_decay(
-    grads: optax.Updates, weight_decay: jax.typing.ArrayLike, params: optax.Params
+    grads: optax.Updates,
+    weight_decay: jax.typing.ArrayLike,
+    params: optax.Params | None,
 ) -> optax.Updates:
     """The gradient of the loss plus (weight_decay/2) ||x||^2."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return grads
-    if params is None:
-        raise ValueError(
-            "weight_decay needs the current parameters: call "
-            "`updates, state = optimizer.update(grads, state, params)`."
-        )
+    params = _checks.params(params, "weight_decay")
     return _tree.linear_combination(1.0, grads, weight_decay, params)
 
 
 def scale_by_qhm(
     momentum: jax.typing.ArrayLike = 0.9, nu: jax.typing.ArrayLike = 1.0
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Averages gradients by quasi-hyperbolic momentum, normalised.
 
     .. math::
@@ -80,8 +78,8 @@ def scale_by_qhm(
       nu: the weight of the average, in [0, 1]. Default 1.0.
 
     Returns:
-      An `optax.GradientTransformation` from gradients to directions of the same dtypes,
-      whose state is a `ScaleByQhmState`.
+      An `optax.GradientTransformationExtraArgs` from gradients to directions of the
+      same dtypes, whose state is a `ScaleByQhmState`; it ignores extra arguments.
 
     Raises:
       ValueError: at construction, if an argument is out of range.
@@ -108,12 +106,13 @@ def scale_by_qhm(
         updates: optax.Updates,
         state: ScaleByQhmState,
         params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByQhmState]:
-        del params
+        del params, extra_args
         direction, trace = qhm_step(updates, state.trace, momentum, nu)
         return direction, ScaleByQhmState(trace)
 
-    return optax.GradientTransformation(init, update)
+    return _types.transformation(init, update)
 
 
 def qhm(

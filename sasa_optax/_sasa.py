@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from sasa_optax import _checks, _tree, _window
+from sasa_optax import _checks, _tree, _types, _window
 from sasa_optax._controller import Controller, ControllerState
 from sasa_optax._qhm import add_coupled_decay, check_qhm, init_trace, qhm_step
 from sasa_optax._stationarity import (
@@ -35,12 +35,12 @@ class SasaState(NamedTuple):
 
 
 def _with_momentum(
-    controller: optax.GradientTransformationExtraArgs,
+    controller: Any,
     momentum: jax.typing.ArrayLike,
     nu: jax.typing.ArrayLike,
     weight_decay: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
-    """The controller, driven by QHM that starts afresh after each drop."""
+    """A controller, driven by QHM that starts afresh after each drop."""
     check_qhm(momentum, nu)
     _checks.number("weight_decay", weight_decay, "[0, inf)")
 
@@ -53,7 +53,7 @@ def _with_momentum(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SasaState]:
-        _checks.params(params)
+        params = _checks.params(params, "The test for stationarity")
         grads = add_coupled_decay(updates, weight_decay, params)
         # The window is empty after a drop, and at the start, when the trace is zero.
         restart = _window.is_empty(state.controller.window)
@@ -64,7 +64,7 @@ def _with_momentum(
         )
         return updates, SasaState(trace, controlled)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _types.transformation(init, update)
 
 
 def _test_of_master_statistic(
@@ -462,7 +462,7 @@ def reduce_on_stationarity(
       <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
     _checks.number("min_scale", min_scale, "[0, 1]")
-    controller = scale_by_sasa_plus(
+    controller: Any = scale_by_sasa_plus(
         1.0,
         steps_per_epoch=steps_per_epoch,
         factor=factor,
@@ -492,4 +492,4 @@ def reduce_on_stationarity(
         updates, state = controller.update(direction, state, params, **extra_args)
         return updates, state._replace(learning_rate=None)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _types.transformation(init, update)

@@ -75,8 +75,11 @@ class MeanEstimate(NamedTuple):
 
 
 def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    # Relative to the first value, so that the mean of a constant is exactly that, and
+    # values that do not vary are seen not to.
     count = jnp.sum(mask).astype(values.dtype)
-    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(count, 1)
+    offsets = jnp.where(mask, values - values[0], 0)
+    return values[0] + jnp.sum(offsets) / jnp.maximum(count, 1)
 
 
 def _in_window(values: jax.Array, num_samples: jax.Array) -> jax.Array:
@@ -146,7 +149,11 @@ def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstima
     Returns:
       A `MeanEstimate` of scalars. Where fewer than four samples are there, all its
       fields are finite, but mean nothing.
+
+    Raises:
+      ValueError: if ``variance`` is none of these.
     """
+    _checks.choice("variance", variance, tuple(_VARIANCES))
     n = jnp.maximum(samples.num_samples, 4)
     mask = _in_window(samples.values, n)
     mean = _masked_mean(samples.values, mask)
@@ -258,7 +265,8 @@ class EquivalenceTest:
         estimate = estimate_mean(samples, self.variance)
         half_width = _half_width(self.significance, estimate)
         in_window = _in_window(samples.scales, samples.num_samples)
-        tolerance = self.delta * _masked_mean(samples.scales, in_window)
+        delta = jnp.asarray(self.delta, estimate.mean.dtype)
+        tolerance = delta * _masked_mean(samples.scales, in_window)
         margin = tolerance - jnp.abs(estimate.mean)
         p_value = jnp.where(margin > 0, _two_sided_p_value(margin, estimate), 1)
         return TestResult(
@@ -299,10 +307,11 @@ class SlopeTest:
         dtype = samples.values.dtype
         n = jnp.maximum(samples.num_samples, 4)
         mask = _in_window(samples.values, n)
-        x = jnp.arange(samples.values.size, dtype=jnp.int32)
+        x = jnp.arange(samples.values.size, dtype=jnp.int32).astype(dtype)
         if self.log_steps:
-            x = jnp.maximum(samples.step - n + 1 + x, 1)
-        x = jnp.log(x.astype(dtype)) if self.log_steps else x.astype(dtype)
+            # log(first + x) less log(first): the digits that differ late in a run.
+            first = jnp.maximum(samples.step - n + 1, 1)
+            x = jnp.log1p(x / first.astype(dtype))
         x = jnp.where(mask, x - _masked_mean(x, mask), 0)
         y = jnp.where(mask, samples.values - _masked_mean(samples.values, mask), 0)
         sxx, sxy, syy = jnp.sum(x * x), jnp.sum(x * y), jnp.sum(y * y)

@@ -69,7 +69,7 @@ def test_linen_train_state() -> None:
 def test_the_digits_example_runs(tmp_path: pathlib.Path) -> None:
     example = pathlib.Path(__file__).parent.parent / "examples" / "digits.py"
     run = subprocess.run(
-        [sys.executable, example, "--epochs=60", "--seeds=1", f"--out={tmp_path}"],
+        [sys.executable, example, "--epochs=10", "--seeds=1", f"--out={tmp_path}"],
         check=True,
         capture_output=True,
         text=True,
@@ -77,5 +77,5 @@ def test_the_digits_example_runs(tmp_path: pathlib.Path) -> None:
     assert "SASA+ from 1" in run.stdout
     assert (tmp_path / "digits.png").exists()
     history = sasa_optax.History.from_jsonl(tmp_path / "digits.jsonl")
-    assert history.rows[-1]["step"] > 1000
-    assert history.rows[-1]["loss"] < 0.5
+    assert history.rows[-1]["step"] == 175
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"] / 3

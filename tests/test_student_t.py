@@ -126,9 +126,8 @@ def test_result_type(x64: None, function, x, dof, expected: str) -> None:
 
 @pytest.mark.parametrize("dof", [5, 5.0, np.int64(5), np.float64(5)])
 def test_python_and_integer_scalars_are_accepted(dof: float) -> None:
-    probability = cdf(1, dof)
-    assert probability.dtype == np.float32
-    assert probability == pytest.approx(stats.t.cdf(1, 5), abs=1e-5)
+    assert jax.eval_shape(student_t_cdf, 1, dof).dtype == np.float32
+    assert jax.eval_shape(student_t_quantile, 0.5, dof).dtype == np.float32
 
 
 @pytest.mark.parametrize("function", [student_t_cdf, student_t_quantile])
