@@ -48,21 +48,13 @@ class ControllerState(NamedTuple):
     window: _window.Window
 
 
-def samples_or_default(
-    name: str,
-    value: jax.typing.ArrayLike | None,
-    steps_per_epoch: int | None,
-    default: int,
-    at_least: int,
-) -> jax.typing.ArrayLike:
-    """What the user gave, else one epoch within limits, else the default."""
-    if value is not None:
-        _checks.integer(name, value, at_least)
-        return value
+def _defaults(steps_per_epoch: int | None) -> tuple[int, int]:
+    """Of min_samples and test_interval."""
     if steps_per_epoch is None:
-        return default
+        return _DEFAULT_MIN_SAMPLES, _DEFAULT_TEST_INTERVAL
     steps = _checks.static_integer("steps_per_epoch", steps_per_epoch, 1)
-    return min(_MOST_PER_EPOCH, max(_FEWEST_PER_EPOCH, steps))
+    epoch = min(_MOST_PER_EPOCH, max(_FEWEST_PER_EPOCH, steps))
+    return epoch, epoch
 
 
 def _scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -72,7 +64,7 @@ def _scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     return array.astype(dtype)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Controller:
     """Turns a direction d into the update -learning_rate * d, and tends the rate.
 
@@ -100,15 +92,13 @@ class Controller:
         _checks.integer("warmup_steps", self.warmup_steps, 0)
         _checks.integer("max_window", self.max_window, 5)
         _checks.number("min_learning_rate", self.min_learning_rate, "[0, inf)")
-        for name, default, at_least in (
-            ("min_samples", _DEFAULT_MIN_SAMPLES, 4),
-            ("test_interval", _DEFAULT_TEST_INTERVAL, 1),
-        ):
-            given = getattr(self, name)
-            value = samples_or_default(
-                name, given, self.steps_per_epoch, default, at_least
-            )
-            object.__setattr__(self, name, value)
+        min_samples, test_interval = _defaults(self.steps_per_epoch)
+        if self.min_samples is None:
+            self.min_samples = min_samples
+        if self.test_interval is None:
+            self.test_interval = test_interval
+        _checks.integer("min_samples", self.min_samples, 4)
+        _checks.integer("test_interval", self.test_interval, 1)
         _checks.exceeds("max_window", self.max_window, "min_samples", self.min_samples)
 
     @property
@@ -161,11 +151,12 @@ class Controller:
         named = {f"Sample.{name}": x for name, x in sample._asdict().items()}
         return jnp.stack([_scalar(name, x, dtype) for name, x in named.items()])
 
-    def _advance(self, state: ControllerState, row: jax.Array) -> ControllerState:
+    def _advance(
+        self, state: ControllerState, row: jax.Array, base: jax.Array, rate: jax.Array
+    ) -> ControllerState:
         """Takes a sample to the window, the window to a test, and that to a drop."""
         row = jax.lax.stop_gradient(row)
         is_finite = jnp.all(jnp.isfinite(row))
-        old_step, old_scale = state.step, state.scale
         counted = optax.safe_increment(state.num_nonfinite)
         state = state._replace(
             step=optax.safe_increment(state.step),
@@ -176,15 +167,10 @@ class Controller:
         is_testing = state.step % jnp.asarray(self.test_interval, jnp.int32) == 0
         is_due = is_finite & is_testing & (self._num_samples(state) > min_samples)
         state = self._test(state, is_due)
-
-        # At its floor the rate has nowhere to go, and emptying the window no purpose.
-        base = self._base_rate(old_step, old_scale.dtype)
-        floor = jnp.asarray(self.min_learning_rate, base.dtype)
-        can_drop = (state.step > self.warmup_steps) & (
-            self._rate(base, old_scale) > floor
+        fired = is_due & state.last_test.stationary
+        return self._maybe_cut(
+            state, fired & (state.step > self.warmup_steps), base, rate
         )
-        drop = is_due & state.last_test.stationary & can_drop
-        return self._cut(state, drop, floor / jnp.where(drop, base, 1))
 
     def _num_samples(self, state: ControllerState) -> jax.Array:
         return _window.num_kept(state.window, self.leak_ratio)
@@ -221,11 +207,19 @@ class Controller:
             last_test=jax.lax.cond(is_due, run, lambda: state.last_test)
         )
 
-    def _cut(
-        self, state: ControllerState, drop: jax.Array, min_scale: jax.Array
+    def _maybe_cut(
+        self,
+        state: ControllerState,
+        fired: jax.Array,
+        base: jax.Array,
+        rate: jax.Array,
     ) -> ControllerState:
-        """Cuts the rate and empties the window where ``drop`` is true."""
+        """Cuts the rate and empties the window where a test has fired."""
         dtype = state.scale.dtype
+        floor = jnp.asarray(self.min_learning_rate, dtype)
+        # At its floor the rate has nowhere to go, and emptying the window no purpose.
+        drop = fired & (rate > floor)
+        min_scale = floor / jnp.where(drop, base, 1)
         cut = jnp.maximum(jnp.asarray(self.factor, dtype) * state.scale, min_scale)
         scale = jnp.where(drop, cut, state.scale)
         learning_rate = self._rate(self._base_rate(state.step, dtype), scale)
@@ -253,7 +247,8 @@ class Controller:
             del extra_args
             params = _checks.params(params, "The test for stationarity")
             direction, dtype = updates, state.scale.dtype
-            rate = self._rate(self._base_rate(state.step, dtype), state.scale)
+            base = self._base_rate(state.step, dtype)
+            rate = self._rate(base, state.scale)
             updates = _tree.scale(-rate, direction)
             transition = Transition(
                 params=params,
@@ -264,6 +259,6 @@ class Controller:
                 learning_rate=rate,
                 value=value,
             )
-            return updates, advance(state, self._row(transition))
+            return updates, advance(state, self._row(transition), base, rate)
 
         return _types.transformation(self.init, update)

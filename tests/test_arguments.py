@@ -24,6 +24,7 @@ _COMMON: list[tuple[str, Any, str]] = [
     ("min_samples", 3, "an integer of at least 4"),
     ("test_interval", 0, "an integer of at least 1"),
     ("steps_per_epoch", 0, "an integer of at least 1"),
+    ("steps_per_epoch", 10.0, "an integer of at least 1"),
     ("warmup_steps", -1, "an integer of at least 0"),
     ("max_window", 4, "an integer of at least 5"),
     ("max_window", 2.0**14, "an integer of at least 5"),
