@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sasa_optax._controller import ControllerState
+from sasa_optax._stationarity import TestResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+Row = dict[str, bool | int | float]
 
 
 def _of_controller(state: ControllerState) -> dict[str, jax.Array]:
@@ -77,45 +82,46 @@ class Drop:
     """A cut of the rate, and the test that made it; ``str()`` says it in a sentence.
 
     Attributes:
-      step: the step at which the test fired.
-      num_samples: the number of samples it judged.
-      mean: their mean.
-      lower: the lower end of its confidence interval.
-      upper: the upper end.
-      p_value: as the test defines it.
+      step: the step at which the test fired; where the test was missed, because the
+        records lie too far apart, the step of the record that shows the new rate.
       old_rate: the learning rate before (the scale, for `reduce_on_stationarity`).
       new_rate: the rate after.
+      test: what the test said, or None if it was missed.
     """
 
     step: int
-    num_samples: int
-    mean: float
-    lower: float
-    upper: float
-    p_value: float
     old_rate: float
     new_rate: float
+    test: TestResult | None
 
     def __str__(self) -> str:
+        rates = f"rate {self.old_rate:.3g} -> {self.new_rate:.3g}"
+        if self.test is None:
+            return (
+                f"by step {self.step}: {rates}. The test was missed: record at least "
+                f"every min_samples steps to see why."
+            )
+        t = self.test
         return (
-            f"step {self.step}: progress has stopped. Over the newest "
-            f"{self.num_samples} samples the statistic averaged {self.mean:.3g}, "
-            f"interval [{self.lower:.3g}, {self.upper:.3g}] (p = {self.p_value:.2g}); "
-            f"rate {self.old_rate:.3g} -> {self.new_rate:.3g}."
+            f"step {self.step}: progress has stopped. Over the newest {t.num_samples} "
+            f"samples the statistic averaged {t.mean:.3g}, interval [{t.lower:.3g}, "
+            f"{t.upper:.3g}] (p = {t.p_value:.2g}); {rates}."
         )
 
 
-def _to_python(value: Any) -> bool | int | float:
-    scalar = jax.device_get(value)
-    return scalar.item() if hasattr(scalar, "item") else scalar
+def _to_python(name: str, value: Any) -> bool | int | float:
+    array = np.asarray(value)
+    if array.shape:
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
+    return array.item()
 
 
 class History:
     """A host-side record of a run: what the controller did, and why.
 
-    Feed it `metrics` every so many steps, more often than ``min_samples``: no two tests
-    after a drop can come closer together than that, so the test that made each drop is
-    then caught. Each call of `record` waits for the device, so not at every step.
+    Feed it `metrics` every so many steps: at least every ``min_samples``, as no test
+    comes sooner than that after a drop, so that the test which made it is then caught;
+    but not at every step, as each call of `record` waits for the device.
 
     Attributes:
       rows: the records, each a dict of Python numbers.
@@ -133,11 +139,14 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, bool | int | float]] = []
+        self.rows: list[Row] = []
         self.drops: list[Drop] = []
 
     def record(self, metrics: Mapping[str, Any], **values: Any) -> Drop | None:
         """Adds a row, and returns the drop since the row before, if there was one.
+
+        A row of the same or a later step than the new one is forgotten: a run that was
+        restored from a checkpoint goes on from there.
 
         Args:
           metrics: what `sasa_optax.metrics` returned, of one controller; where an
@@ -145,37 +154,40 @@ class History:
           **values: more scalars to keep, such as ``loss=loss``, which is plotted.
 
         Raises:
-          ValueError: if ``metrics`` is not of one controller, or is older than the last
-            row.
+          ValueError: if ``metrics`` is not of one controller, or one of the values is
+            no scalar or has the name of a metric.
         """
         if "num_drops" not in metrics:
             raise ValueError(
                 "metrics must be those of one controller, with the key 'num_drops', "
                 f"got the keys {sorted(metrics)}."
             )
-        both = jax.device_get({**metrics, **values})
-        row = {name: _to_python(value) for name, value in both.items()}
+        if clash := sorted(metrics.keys() & values.keys()):
+            raise ValueError(f"values must not be named as metrics are, got {clash}.")
+        fetched = jax.device_get({**metrics, **values})
+        row = {name: _to_python(name, value) for name, value in fetched.items()}
+        self.rows = [old for old in self.rows if old["step"] < row["step"]]
         last = self.rows[-1] if self.rows else None
-        if last is not None and row["step"] < last["step"]:
-            raise ValueError(
-                f"metrics must not be older than the last row, of step {last['step']}, "
-                f"got step {row['step']}."
-            )
+        seen = last["step"] if last else 0
+        self.drops = [old for old in self.drops if old.step <= seen]
+        drop = self._drop_between(last, row) if last else None
         self.rows.append(row)
-        if last is None or row["num_drops"] == last["num_drops"]:
-            return None
-        drop = Drop(
-            step=int(row["test_step"]),
-            num_samples=int(row["test_num_samples"]),
-            mean=row["test_mean"],
-            lower=row["test_lower"],
-            upper=row["test_upper"],
-            p_value=row["test_p_value"],
-            old_rate=last[self.rate_name],
-            new_rate=row[self.rate_name],
-        )
-        self.drops.append(drop)
+        if drop is not None:
+            self.drops.append(drop)
         return drop
+
+    def _drop_between(self, last: Row, row: Row) -> Drop | None:
+        num_drops = row["num_drops"] - last["num_drops"]
+        if num_drops == 0:
+            return None
+        rates = last[self.rate_name], row[self.rate_name]
+        # The next test after a drop finds the window refilled; until then the newest
+        # test is the one that fired.
+        if num_drops > 1 or not row["test_stationary"]:
+            return Drop(int(row["step"]), *rates, test=None)
+        names = TestResult._fields
+        test = TestResult(**{name: row[f"test_{name}"] for name in names})
+        return Drop(int(row["test_step"]), *rates, test=test)
 
     @property
     def rate_name(self) -> str:

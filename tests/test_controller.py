@@ -467,6 +467,8 @@ def test_momentum_sgd_with_the_controller_needs_no_temporary() -> None:
         compiled = jax.jit(step, donate_argnums=(0, 1))
         lowered = compiled.lower(params, optimizer.init(params), params)
         memory = lowered.compile().memory_analysis()
-        # What is left is the window, laid out in order for the test.
+        # What is left is the window, laid out in order for the test. Before JAX 0.10,
+        # XLA lays out parameters, gradients and momentum once more as well.
         window = 16384 * 4
-        assert memory.temp_size_in_bytes < 8 * window < 0.5 * size
+        older = 3 * size if jax.__version_info__ < (0, 10) else 0
+        assert memory.temp_size_in_bytes < older + 8 * window < older + 0.5 * size

@@ -101,8 +101,9 @@ def test_every_drop_is_caught_with_the_test_that_made_it(record_every: int) -> N
     # More than 10 samples kept: 21 since the last drop; at a multiple of 5.
     assert [drop.step for drop in history.drops] == [25, 50]
     for drop, old_rate in zip(history.drops, (1.0, 0.1), strict=True):
-        assert drop.num_samples == 13
-        assert (drop.mean, drop.lower, drop.upper) == (0.5, -1.0, 2.0)
+        assert drop.test == sasa_optax.TestResult(
+            drop.step, 0.5, -1.0, 2.0, 1.0, 13, True
+        )
         assert drop.old_rate == pytest.approx(old_rate)
         assert drop.new_rate == pytest.approx(old_rate / 10)
 
@@ -127,10 +128,34 @@ def test_record_returns_the_drop_once() -> None:
     assert [drop is not None for drop in returned] == [False] * 4 + [True, False]
 
 
-def test_rows_must_come_in_order() -> None:
-    history = _train(10, num_steps=20)
-    with pytest.raises(ValueError, match="not be older than the last row, of step 20"):
-        history.record(history.rows[0])
+def test_a_test_that_was_missed_is_not_made_up() -> None:
+    history, whole = sasa_optax.History(), _train(1)
+    history.record(whole.rows[0])
+    drop = history.record(whole.rows[54])
+    assert drop is not None
+    assert drop.test is None
+    assert str(drop).startswith("by step 55: rate 1 -> 0.01. The test was missed")
+
+
+def test_a_restored_run_goes_on_where_it_was_saved() -> None:
+    history, whole = _train(10), _train(10)
+    history.record(whole.rows[2])
+    assert [row["step"] for row in history.rows] == [10, 20, 30]
+    assert [drop.step for drop in history.drops] == [25]
+    for row in whole.rows[3:]:
+        history.record(row)
+    assert history.rows == whole.rows
+    assert history.drops == whole.drops
+
+
+def test_values_are_checked() -> None:
+    metrics = sasa_optax.metrics(sasa_optax.sasa(0.1).init(_PARAMS))
+    history = sasa_optax.History()
+    with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(2,\)"):
+        history.record(metrics, loss=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"must not be named .* got \['scale'\]"):
+        history.record(metrics, scale=1.0)
+    assert history.rows == []
 
 
 def test_csv(tmp_path: Any) -> None:
@@ -146,7 +171,7 @@ def test_csv(tmp_path: Any) -> None:
 
 def test_jsonl_comes_back_with_its_drops(tmp_path: Any) -> None:
     history = _train(10)
-    history.record(history.rows[-1] | {"step": 70}, loss=math.nan)
+    history.record(history.rows[-1] | {"step": 70, "loss": math.nan})
     history.to_jsonl(tmp_path / "run.jsonl")
     last = (tmp_path / "run.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["loss"] is None
