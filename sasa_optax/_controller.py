@@ -108,10 +108,7 @@ class Controller:
 
     def _base_rate(self, step: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         rate = self.learning_rate
-        # A copy, or the state would alias the array that the user passed.
-        return _scalar(
-            "learning_rate", jnp.array(rate(step) if callable(rate) else rate), dtype
-        )
+        return _scalar("learning_rate", rate(step) if callable(rate) else rate, dtype)
 
     def _rate(self, base: jax.Array, scale: jax.Array) -> jax.Array:
         # A schedule may go below the floor by itself; the drops may not.

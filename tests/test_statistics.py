@@ -133,17 +133,12 @@ def test_statistics_have_mean_zero_at_stationarity(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_low_precision_is_widened_before_it_is_summed(dtype: Any) -> None:
-    # 4096 products of 1.0 sum to 4096 in float32; bfloat16 stops counting at 256.
-    transition = sasa_optax.Transition(
-        params=None,
-        new_params=jnp.ones(4096, dtype),
-        direction=jnp.ones(4096, dtype),
-        grad=None,
-        learning_rate=jnp.float32(0.5),
-        value=None,
-    )
+    # The square of 1 + eps needs twice the digits of the type.
+    x = jnp.full(4096, 1 + jnp.finfo(dtype).eps, dtype)
+    transition = sasa_optax.Transition(x, x, x, x, jnp.float32(0.5), None)
     sample = sasa_optax.master_statistic(transition)
-    assert float(sample.value) == 4096 * 1.25
+    exact = 4096 * float(x[0]) ** 2
+    np.testing.assert_allclose(sample.value, 1.25 * exact, rtol=1e-7)
     chex.assert_type([sample.value, sample.scale], jnp.float32)
 
 

@@ -15,7 +15,10 @@ from sasa_optax import student_t_cdf, student_t_quantile
 cdf = jax.jit(student_t_cdf)
 quantile = jax.jit(student_t_quantile)
 
-TOLERANCE = {"float32": 1e-4, "float64": 1e-6}
+# What the documentation promises of the probabilities, and a little less of the
+# quantiles, which magnify an error in the tails.
+CDF_TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
+QUANTILE_TOLERANCE = {"float32": 1e-4, "float64": 1e-6}
 DOFS = np.unique([*range(1, 61), *np.geomspace(60, 16384, 60).astype(int)])
 EDGES = np.array([1, 2, 3, 19, 20, 21, 16384])
 
@@ -36,7 +39,7 @@ def test_cdf_is_that_of_scipy(dtype: np.dtype) -> None:
     # SciPy gets the rounded arguments, so that only the function is compared.
     expected = stats.t.cdf(t.astype(float), DOFS)
     np.testing.assert_allclose(
-        cdf(t, dof), expected, rtol=0, atol=TOLERANCE[dtype.name]
+        cdf(t, dof), expected, rtol=0, atol=CDF_TOLERANCE[dtype.name]
     )
 
 
@@ -45,7 +48,7 @@ def test_quantile_is_that_of_scipy(dtype: np.dtype) -> None:
     tail = np.geomspace(low, high, 128)
     p = column([*tail, *(1 - tail)], dtype)
     expected = stats.t.ppf(p.astype(float), DOFS)
-    tolerance = TOLERANCE[dtype.name]
+    tolerance = QUANTILE_TOLERANCE[dtype.name]
     np.testing.assert_allclose(
         quantile(p, DOFS.astype(dtype)), expected, rtol=tolerance, atol=tolerance
     )
@@ -92,16 +95,16 @@ def test_tails_shrink_with_dof(x64: None, t: float, dof: int) -> None:
 def test_extreme_t_gives_finite_probabilities() -> None:
     t = [0, 1e-30, 1e-3, 1, 1e3, 1e20, 3e38]
     t = column([*t, *np.negative(t)], np.float32)
-    with jax.debug_nans(True):
+    with jax.disable_jit(), jax.debug_nans(True):
         actual = student_t_cdf(t, EDGES.astype(np.float32))
     expected = stats.t.cdf(t.astype(float), EDGES)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_extreme_p_gives_finite_quantiles() -> None:
     tail = np.array([1e-6, 1e-3, 0.25, 0.499999])
     p = column([*tail, *(1 - tail)], np.float32)
-    with jax.debug_nans(True):
+    with jax.disable_jit(), jax.debug_nans(True):
         actual = student_t_quantile(p, EDGES.astype(np.float32))
     assert np.all(np.isfinite(actual))
     np.testing.assert_array_equal(np.sign(actual) - np.sign(p - 0.5), 0)
