@@ -1,7 +1,8 @@
 """Train a Flax NNX model on scikit-learn's handwritten digits, with no schedule.
 
 Compares SASA+ with the same optimizer at a constant rate, and under a cosine schedule
-whose peak was tuned on validation images; then draws what SASA+ did, and why.
+whose peak was tuned on validation images; and AdamW with and without
+reduce_on_stationarity. Then draws what SASA+ did, and why.
 
     python examples/digits.py --epochs 400 --seeds 3 --out demo
 """
@@ -28,8 +29,9 @@ import sasa_optax
 
 # Of normalised momentum: 1.0 moves like optax.sgd(0.1, momentum=0.9).
 LEARNING_RATE = 1.0
-COSINE_PEAKS = (0.1, 0.3, 1.0, 3.0, 10.0)
+COSINE_PEAKS = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAY = 1e-3
+ADAMW_RATE = 1e-2
 RECORD_EVERY = 25
 
 Array = jax.Array | np.ndarray
@@ -157,13 +159,27 @@ def train(
     )
 
 
-def summary(name: str, runs: list[Run], final_rate: str, drops: str) -> list[str]:
-    """A row of the table: mean and spread over the seeds."""
+def final_rate(run: Run, rate: float) -> float:
+    """The rate that a run which began at ``rate`` ended with."""
+    if not run.history.rows:
+        return rate
+    last = run.history.rows[-1]
+    return last.get("learning_rate", rate * last["scale"])
+
+
+def summary(name: str, runs: list[Run], rate: float) -> list[str]:
+    """A row of the table: means over the seeds, and how they differ."""
     tests = [run.test for run in runs]
     spread = f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
-    seconds = statistics.mean(run.seconds for run in runs)
-    accuracy = f"{statistics.mean(tests):.2f}{spread}"
-    return [name, accuracy, final_rate, drops, f"{seconds:.1f}"]
+    rates = {final_rate(run, rate) for run in runs}
+    drops = {len(run.history.drops) for run in runs if run.history.rows}
+    return [
+        name,
+        f"{statistics.mean(tests):.2f}{spread}",
+        ", ".join(f"{rate:.1g}" for rate in sorted(rates)),
+        ", ".join(map(str, sorted(drops))) or "-",
+        f"{statistics.mean(run.seconds for run in runs):.1f}",
+    ]
 
 
 def parse_args() -> argparse.Namespace:
@@ -189,14 +205,18 @@ def main() -> None:
     )
 
     with Progress(console=console) as progress:
-        total = (len(COSINE_PEAKS) + 2) * args.seeds * args.epochs
+        total = (len(COSINE_PEAKS) + 4) * args.seeds * args.epochs
         task = progress.add_task("training", total=total)
 
         def runs(
             name: str,
             transformation: optax.GradientTransformation,
-            report: Callable[[sasa_optax.Drop], None] | None = None,
+            *,
+            has_controller: bool = False,
         ) -> list[Run]:
+            def report(drop: sasa_optax.Drop) -> None:
+                console.print(f"{name}, {drop}")
+
             progress.update(task, description=name)
             return [
                 train(
@@ -206,7 +226,7 @@ def main() -> None:
                     batch_size=args.batch_size,
                     seed=seed,
                     advance=lambda: progress.advance(task),
-                    report=report,
+                    report=report if has_controller else None,
                 )
                 for seed in seeds
             ]
@@ -227,29 +247,34 @@ def main() -> None:
                 weight_decay=WEIGHT_DECAY,
                 steps_per_epoch=steps_per_epoch,
             ),
-            report=lambda drop: console.print(f"SASA+, {drop}"),
+            has_controller=True,
+        )
+        adamw = optax.adamw(ADAMW_RATE, weight_decay=0.1)
+        constant_adamw = runs("AdamW", adamw)
+        reduced = runs(
+            "AdamW + reduce_on_stationarity",
+            optax.chain(
+                adamw,
+                sasa_optax.reduce_on_stationarity(steps_per_epoch=steps_per_epoch),
+            ),
+            has_controller=True,
         )
 
     def validation(peak: float) -> float:
         return statistics.mean(run.validation for run in cosines[peak])
 
     best = max(COSINE_PEAKS, key=validation)
-    final_rates = sorted({run.history.rows[-1]["learning_rate"] for run in ours})
-    drops = sorted({len(run.history.drops) for run in ours})
-    table = Table(title="Digits: the same momentum SGD, three ways to set its rate")
-    for column in ("rate", "test accuracy, %", "final rate", "drops", "seconds a run"):
-        table.add_column(column, justify="left" if column == "rate" else "right")
-    for row in (
-        summary(f"constant {LEARNING_RATE:g}", constant, f"{LEARNING_RATE:g}", "-"),
-        summary(f"cosine, best of {len(cosines)}: {best:g}", cosines[best], "0", "-"),
-        summary(
-            f"SASA+ from {LEARNING_RATE:g}",
-            ours,
-            ", ".join(f"{rate:.1g}" for rate in final_rates),
-            ", ".join(map(str, drops)),
-        ),
-    ):
-        table.add_row(*row)
+    table = Table(title="Digits: ways to set the learning rate")
+    for column in ("optimizer", "test accuracy, %", "final rate", "drops", "s a run"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    rate = LEARNING_RATE
+    table.add_row(*summary(f"momentum, constant {rate:g}", constant, rate))
+    table.add_row(*summary(f"momentum, tuned cosine ({best:g})", cosines[best], 0.0))
+    table.add_row(*summary(f"SASA+ from {rate:g}", ours, rate))
+    table.add_row(
+        *summary(f"AdamW, constant {ADAMW_RATE:g}", constant_adamw, ADAMW_RATE)
+    )
+    table.add_row(*summary("  + reduce_on_stationarity", reduced, ADAMW_RATE))
     console.print(table)
 
     args.out.mkdir(parents=True, exist_ok=True)
