@@ -10,6 +10,7 @@ from sasa_optax._sasa import (
     sasa_plus,
     scale_by_sasa_plus,
 )
+from sasa_optax._slope import slope
 from sasa_optax._stationarity import (
     EquivalenceTest,
     MeanEstimate,
@@ -24,6 +25,7 @@ from sasa_optax._statistics import (
     Sample,
     Statistic,
     Transition,
+    loss_statistic,
     master_statistic,
     yaida_statistic,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "Window",
     "ZeroMeanTest",
     "estimate_mean",
+    "loss_statistic",
     "master_statistic",
     "metrics",
     "qhm",
@@ -58,6 +61,7 @@ __all__ = [
     "sasa_plus",
     "scale_by_qhm",
     "scale_by_sasa_plus",
+    "slope",
     "student_t_cdf",
     "student_t_quantile",
     "yaida_statistic",

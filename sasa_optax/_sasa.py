@@ -23,7 +23,7 @@ from sasa_optax._statistics import Statistic, master_statistic, yaida_statistic
 
 
 class SasaState(NamedTuple):
-    """The state of `sasa` and `sasa_plus`.
+    """The state of `sasa`, `sasa_plus` and `slope`.
 
     Attributes:
       trace: h_k, the exponential average of the gradients; like the parameters.
@@ -34,7 +34,7 @@ class SasaState(NamedTuple):
     controller: ControllerState
 
 
-def _with_momentum(
+def with_momentum(
     controller: Any,
     momentum: jax.typing.ArrayLike,
     nu: jax.typing.ArrayLike,
@@ -301,7 +301,7 @@ def sasa_plus(
         max_window=max_window,
         min_learning_rate=min_learning_rate,
     )
-    return _with_momentum(controller, momentum, nu, weight_decay)
+    return with_momentum(controller, momentum, nu, weight_decay)
 
 
 def sasa(
@@ -394,7 +394,7 @@ def sasa(
         max_window=max_window,
         min_learning_rate=min_learning_rate,
     )
-    return _with_momentum(controller.transformation(), momentum, 1.0, weight_decay)
+    return with_momentum(controller.transformation(), momentum, 1.0, weight_decay)
 
 
 def reduce_on_stationarity(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree
@@ -92,5 +93,32 @@ def yaida_statistic(momentum: jax.typing.ArrayLike = 0.9) -> Statistic:
         x_dot_g = t.inner_product(t.new_params, t.grad)
         x_dot_g += t.learning_rate * t.inner_product(t.direction, t.grad)
         return Sample(x_dot_g - v, v)
+
+    return statistic
+
+
+def loss_statistic(weight_decay: jax.typing.ArrayLike = 0.0) -> Statistic:
+    """The statistic of SLOPE: the loss, from the extra argument ``value``.
+
+    With coupled weight decay lambda it is what the gradients descend on, the loss plus
+    (lambda/2) ||x_{k+1}||^2. Its mean is not zero; it is for `SlopeTest`.
+
+    Args:
+      weight_decay: lambda, in [0, inf). Default 0.0.
+    """
+    _checks.number("weight_decay", weight_decay, "[0, inf)")
+
+    def statistic(transition: Transition) -> Sample:
+        t = transition
+        if t.value is None:
+            raise ValueError(
+                "The loss is needed as the extra argument `value`: call "
+                "`updates, state = optimizer.update(grads, state, params, value=loss)`."
+            )
+        loss = jnp.asarray(t.value).astype(t.learning_rate.dtype)
+        if isinstance(weight_decay, int | float) and weight_decay == 0:
+            return Sample(loss)
+        decay = jnp.asarray(weight_decay, loss.dtype) / 2
+        return Sample(loss + decay * t.squared_norm(t.new_params))
 
     return statistic

@@ -51,6 +51,12 @@ _CASES = {
     sasa_optax.sasa_plus: _COMMON + _RATE + _MOMENTUM + _NU + _PARTS,
     sasa_optax.sasa: [*_COMMON, *_RATE, *_MOMENTUM, ("delta", 0, "(0, inf)")],
     sasa_optax.scale_by_sasa_plus: _COMMON + _RATE + _PARTS,
+    sasa_optax.slope: [
+        *(case for case in _COMMON if case[0] != "variance"),
+        *_RATE,
+        *_MOMENTUM,
+        *_NU,
+    ],
     sasa_optax.reduce_on_stationarity: [
         *_COMMON,
         *_PARTS,

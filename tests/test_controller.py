@@ -23,6 +23,31 @@ _SMALL: dict[str, Any] = {
     "max_window": 32,
 }
 
+
+def _slope(
+    min_samples: int | None = None,
+    test_interval: int | None = None,
+    leak_ratio: int = 8,
+    max_window: int = 16384,
+) -> optax.GradientTransformationExtraArgs:
+    """SLOPE with a loss of its own, for tests that treat all optimizers alike."""
+    optimizer = sasa_optax.slope(
+        1.0,
+        min_samples=min_samples,
+        test_interval=test_interval,
+        leak_ratio=leak_ratio,
+        max_window=max_window,
+    )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        squares = [jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(updates)]
+        loss = sum(square.astype(jnp.float32) for square in squares)
+        extra_args["value"] = loss
+        return optimizer.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
 # Each public optimizer, ready to use, with its parameters' learning rate of one.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "sasa": functools.partial(sasa_optax.sasa, 1.0),
@@ -32,6 +57,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     ),
     "scale_by_sasa_plus": functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
     "reduce_on_stationarity": sasa_optax.reduce_on_stationarity,
+    "slope": _slope,
 }
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
@@ -248,6 +274,44 @@ def test_a_statistic_and_a_test_of_ones_own() -> None:
     assert norms[: first + 1].mean() < 1.0 <= norms[:first].mean()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_slope_records_the_loss_with_its_weight_decay(dtype: Any) -> None:
+    optimizer = sasa_optax.slope(0.5, momentum=0.0, weight_decay=0.1)
+    params, grads = jnp.array([1.0, 2.0]), jnp.array([0.5, -0.5])
+    state = optimizer.init(params)
+    loss = jnp.asarray(-3.0, dtype)
+    updates, state = optimizer.update(grads, state, params, value=loss)
+    after = np.asarray(params) * (1 - 0.5 * 0.1) - 0.5 * np.asarray(grads)
+    recorded = state.controller.window.buffer[0, 0]
+    np.testing.assert_allclose(recorded, -3.0 + 0.05 * np.sum(after**2), rtol=1e-6)
+    np.testing.assert_allclose(params + updates, after, rtol=1e-6)
+
+
+def test_slope_drops_on_a_loss_that_stopped_falling_not_on_one_that_falls() -> None:
+    optimizer = sasa_optax.slope(1.0, **_SMALL | {"min_samples": 20})
+    noise = jax.random.normal(jax.random.key(0), (30,))
+    update = jax.jit(optimizer.update)
+
+    def num_drops(losses: jax.Array) -> int:
+        params = jnp.ones(2)
+        state = optimizer.init(params)
+        for loss in losses:
+            _, state = update(params, state, params, value=loss)
+        return int(optax.tree.get(state, "num_drops"))
+
+    # Losses may be negative, as those of an ELBO are.
+    falling = -jnp.arange(30.0)
+    assert num_drops(falling + noise) == 0
+    assert num_drops(noise - 100) == 1
+
+
+def test_slope_without_the_loss_says_what_to_call() -> None:
+    optimizer = sasa_optax.slope(0.1)
+    state = optimizer.init(PARAMS)
+    with pytest.raises(ValueError, match=r"update\(grads, state, params, value=loss\)"):
+        optimizer.update(PARAMS, state, PARAMS)
+
+
 def test_statistics_can_read_the_value_and_the_gradient() -> None:
     seen = []
 
@@ -377,7 +441,7 @@ class TestEveryOptimizer:
     def test_it_survives_inject_hyperparams(self, name: str) -> None:
         make = OPTIMIZERS[name]
         factory = make.func if isinstance(make, functools.partial) else make
-        args = () if name == "reduce_on_stationarity" else (0.25,)
+        args = () if name in ("reduce_on_stationarity", "slope") else (0.25,)
         static = ("statistic",) if "plus" in name or "reduce" in name else ()
         injected = optax.inject_hyperparams(factory, static_args=static)(
             *args, **_SMALL

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,8 +33,9 @@ def _run(
     optimizer: optax.GradientTransformation,
     trace: dict[str, np.ndarray],
     meta: dict[str, Any],
+    see: Callable[[Any], Any] = lambda state: None,
 ) -> tuple[np.ndarray, Any]:
-    """The parameters and the optimizer's state after every step."""
+    """The parameters, and what to see of the optimizer's state, after every step."""
     features, targets = jnp.asarray(trace["X"]), jnp.asarray(trace["y"])
 
     def loss(w: jax.Array, rows: jax.Array) -> jax.Array:
@@ -46,22 +48,30 @@ def _run(
 
     def step(carry: Any, rows: jax.Array) -> Any:
         w, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(w, rows), state, w)
-        w = optax.apply_updates(w, updates)
-        seen = (
-            [
-                sasa_optax.metrics(state),
-                optax.tree.get(state, "window").buffer,
-            ]
-            if meta["optimizer"] != "QHM"
-            else None
+        value, grads = jax.value_and_grad(loss)(w, rows)
+        updates, state = optax.with_extra_args_support(optimizer).update(
+            grads, state, w, value=value
         )
-        return (w, state), (w, seen)
+        w = optax.apply_updates(w, updates)
+        return (w, state), (w, see(state))
 
     w0 = jnp.asarray(trace["w0"])
     scan = jax.jit(lambda carry: jax.lax.scan(step, carry, trace["order"])[1])
     weights, seen = scan((w0, optimizer.init(w0)))
     return np.asarray(weights), seen
+
+
+def _assert_drops(
+    metrics: dict[str, jax.Array], trace: dict[str, np.ndarray], meta: dict[str, Any]
+) -> int:
+    """Checks the drops, and the rate up to the last one compared; returns its step."""
+    dropped = np.diff(np.asarray(metrics["num_drops"]), prepend=0)
+    assert (np.flatnonzero(dropped) + 1).tolist() == meta["drop_steps"]
+    compared = meta["drop_steps"][:_DROPS_COMPARED][-1]
+    np.testing.assert_allclose(
+        metrics["learning_rate"][:compared], trace["lr"][:compared], rtol=1e-6
+    )
+    return compared
 
 
 @pytest.mark.usefixtures("x64")
@@ -96,15 +106,12 @@ def test_sasa_plus(name: str) -> None:
         leak_ratio=kwargs["leak_ratio"],
         max_window=2048,
     )
-    weights, (metrics, buffers) = _run(optimizer, trace, meta)
 
-    dropped = np.diff(np.asarray(metrics["num_drops"]), prepend=0)
-    assert (np.flatnonzero(dropped) + 1).tolist() == meta["drop_steps"]
+    def see(state: Any) -> Any:
+        return sasa_optax.metrics(state), optax.tree.get(state, "window").buffer
 
-    compared = meta["drop_steps"][:_DROPS_COMPARED][-1]
-    np.testing.assert_allclose(
-        metrics["learning_rate"][:compared], trace["lr"][:compared], rtol=1e-6
-    )
+    weights, (metrics, buffers) = _run(optimizer, trace, meta, see)
+    compared = _assert_drops(metrics, trace, meta)
     newest = np.asarray(buffers)[:, 0]
     samples = newest[np.arange(compared), np.arange(compared) % newest.shape[1]]
     np.testing.assert_allclose(samples, trace["statistic"][:compared], atol=1e-10)
@@ -126,3 +133,28 @@ def test_sasa_plus(name: str) -> None:
     np.testing.assert_allclose(
         widths, judged[:, 3] - judged[:, 2], rtol=width_tolerance
     )
+
+
+@pytest.mark.usefixtures("x64")
+def test_slope() -> None:
+    trace, meta = _load("slope_linear")
+    kwargs = meta["statopt_kwargs"]
+    optimizer = sasa_optax.slope(
+        kwargs["lr"],
+        momentum=kwargs["momentum"],
+        weight_decay=kwargs["weight_decay"],
+        min_samples=kwargs["minN_stats"],
+        test_interval=kwargs["testfreq"],
+        warmup_steps=kwargs["warmup"],
+        leak_ratio=kwargs["leak_ratio"],
+        max_window=2048,
+    )
+    weights, metrics = _run(optimizer, trace, meta, sasa_optax.metrics)
+    _assert_drops(metrics, trace, meta)
+    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
+    steps, slopes, p_values, _, stationary = trace["tests"].T
+    at = steps.astype(int) - 1
+    assert np.unique(metrics["test_step"])[1:].tolist() == steps.tolist()
+    np.testing.assert_allclose(metrics["test_mean"][at], slopes, atol=1e-12)
+    np.testing.assert_allclose(metrics["test_p_value"][at], p_values, atol=1e-6)
+    assert metrics["test_stationary"][at].tolist() == stationary.astype(bool).tolist()
