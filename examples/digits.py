@@ -183,8 +183,8 @@ def summary(name: str, runs: list[Run], rate: float) -> list[str]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=400)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=400, help="at least 2")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
