@@ -84,18 +84,21 @@ class Drop:
     Attributes:
       step: the step at which the test fired; where the test was missed, because the
         records lie too far apart, the step of the record that shows the new rate.
-      old_rate: the learning rate before (the scale, for `reduce_on_stationarity`).
+      rate_name: "learning_rate", or "scale" for `reduce_on_stationarity`.
+      old_rate: the rate before.
       new_rate: the rate after.
       test: what the test said, or None if it was missed.
     """
 
     step: int
+    rate_name: str
     old_rate: float
     new_rate: float
     test: TestResult | None
 
     def __str__(self) -> str:
-        rates = f"rate {self.old_rate:.3g} -> {self.new_rate:.3g}"
+        name = self.rate_name.replace("_", " ")
+        rates = f"{name} {self.old_rate:.3g} -> {self.new_rate:.3g}"
         if self.test is None:
             return (
                 f"by step {self.step}: {rates}. The test was missed: record at least "
@@ -180,7 +183,7 @@ class History:
         num_drops = row["num_drops"] - last["num_drops"]
         if num_drops == 0:
             return None
-        rates = last[self.rate_name], row[self.rate_name]
+        rates = self.rate_name, last[self.rate_name], row[self.rate_name]
         # The next test after a drop finds the window refilled; until then the newest
         # test is the one that fired.
         if num_drops > 1 or not row["test_stationary"]:

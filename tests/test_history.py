@@ -134,7 +134,7 @@ def test_a_test_that_was_missed_is_not_made_up() -> None:
     drop = history.record(whole.rows[54])
     assert drop is not None
     assert drop.test is None
-    assert str(drop).startswith("by step 55: rate 1 -> 0.01. The test was missed")
+    assert str(drop).startswith("by step 55: learning rate 1 -> 0.01. The")
 
 
 def test_a_restored_run_goes_on_where_it_was_saved() -> None:
