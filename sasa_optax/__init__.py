@@ -2,9 +2,9 @@
 
 from sasa_optax._controller import ControllerState
 from sasa_optax._history import Drop, History, metrics
+from sasa_optax._momentum import SasaState
 from sasa_optax._qhm import ScaleByQhmState, qhm, scale_by_qhm
 from sasa_optax._sasa import (
-    SasaState,
     reduce_on_stationarity,
     sasa,
     sasa_plus,

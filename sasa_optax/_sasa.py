@@ -6,65 +6,20 @@ Each is a controller given two parts, and driven by a third:
   SASA: `yaida_statistic`, `EquivalenceTest`, normalised momentum.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import optax
 
-from sasa_optax import _checks, _tree, _types, _window
+from sasa_optax import _checks, _tree, _types
 from sasa_optax._controller import Controller, ControllerState
-from sasa_optax._qhm import add_coupled_decay, check_qhm, init_trace, qhm_step
+from sasa_optax._momentum import with_momentum
 from sasa_optax._stationarity import (
     EquivalenceTest,
     StationarityTest,
     ZeroMeanTest,
 )
 from sasa_optax._statistics import Statistic, master_statistic, yaida_statistic
-
-
-class SasaState(NamedTuple):
-    """The state of `sasa`, `sasa_plus` and `slope`.
-
-    Attributes:
-      trace: h_k, the exponential average of the gradients; like the parameters.
-      controller: the `ControllerState`, which holds the learning rate.
-    """
-
-    trace: optax.Updates
-    controller: ControllerState
-
-
-def with_momentum(
-    controller: Any,
-    momentum: jax.typing.ArrayLike,
-    nu: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
-) -> optax.GradientTransformationExtraArgs:
-    """A controller, driven by QHM that starts afresh after each drop."""
-    check_qhm(momentum, nu)
-    _checks.number("weight_decay", weight_decay, "[0, inf)")
-
-    def init(params: optax.Params) -> SasaState:
-        return SasaState(init_trace(params), controller.init(params))
-
-    def update(
-        updates: optax.Updates,
-        state: SasaState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SasaState]:
-        params = _checks.params(params, "The test for stationarity")
-        grads = add_coupled_decay(updates, weight_decay, params)
-        # The window is empty after a drop, and at the start, when the trace is zero.
-        restart = _window.is_empty(state.controller.window)
-        direction, trace = qhm_step(grads, state.trace, momentum, nu, restart)
-        extra_args["grad"] = grads
-        updates, controlled = controller.update(
-            direction, state.controller, params, **extra_args
-        )
-        return updates, SasaState(trace, controlled)
-
-    return _types.transformation(init, update)
 
 
 def _test_of_master_statistic(

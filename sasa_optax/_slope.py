@@ -4,7 +4,7 @@ import jax
 import optax
 
 from sasa_optax._controller import Controller
-from sasa_optax._sasa import with_momentum
+from sasa_optax._momentum import with_momentum
 from sasa_optax._stationarity import SlopeTest
 from sasa_optax._statistics import loss_statistic
 

@@ -29,6 +29,21 @@ def _load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return trace, json.loads(str(trace.pop("meta")))
 
 
+def _arguments(meta: dict[str, Any]) -> dict[str, Any]:
+    """statopt's arguments under our names."""
+    kwargs = meta["statopt_kwargs"]
+    return {
+        "learning_rate": kwargs["lr"],
+        "momentum": kwargs["momentum"],
+        "weight_decay": kwargs["weight_decay"],
+        "min_samples": kwargs["minN_stats"],
+        "test_interval": kwargs["testfreq"],
+        "warmup_steps": kwargs["warmup"],
+        "leak_ratio": kwargs["leak_ratio"],
+        "max_window": 2048,
+    }
+
+
 def _run(
     optimizer: optax.GradientTransformation,
     trace: dict[str, np.ndarray],
@@ -94,17 +109,8 @@ def test_qhm() -> None:
 )
 def test_sasa_plus(name: str) -> None:
     trace, meta = _load(name)
-    kwargs = meta["statopt_kwargs"]
     optimizer = sasa_optax.sasa_plus(
-        kwargs["lr"],
-        momentum=kwargs["momentum"],
-        weight_decay=kwargs["weight_decay"],
-        variance=_VARIANCE[meta["var_mode"]],
-        min_samples=kwargs["minN_stats"],
-        test_interval=kwargs["testfreq"],
-        warmup_steps=kwargs["warmup"],
-        leak_ratio=kwargs["leak_ratio"],
-        max_window=2048,
+        **_arguments(meta), variance=_VARIANCE[meta["var_mode"]]
     )
 
     def see(state: Any) -> Any:
@@ -138,17 +144,7 @@ def test_sasa_plus(name: str) -> None:
 @pytest.mark.usefixtures("x64")
 def test_slope() -> None:
     trace, meta = _load("slope_linear")
-    kwargs = meta["statopt_kwargs"]
-    optimizer = sasa_optax.slope(
-        kwargs["lr"],
-        momentum=kwargs["momentum"],
-        weight_decay=kwargs["weight_decay"],
-        min_samples=kwargs["minN_stats"],
-        test_interval=kwargs["testfreq"],
-        warmup_steps=kwargs["warmup"],
-        leak_ratio=kwargs["leak_ratio"],
-        max_window=2048,
-    )
+    optimizer = sasa_optax.slope(**_arguments(meta))
     weights, metrics = _run(optimizer, trace, meta, sasa_optax.metrics)
     _assert_drops(metrics, trace, meta)
     np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
