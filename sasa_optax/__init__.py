@@ -2,8 +2,10 @@
 
 from sasa_optax._controller import ControllerState
 from sasa_optax._history import Drop, History, metrics
+from sasa_optax._line_search import LineSearchState
 from sasa_optax._momentum import SasaState
 from sasa_optax._qhm import ScaleByQhmState, qhm, scale_by_qhm
+from sasa_optax._salsa import salsa, scale_by_salsa, scale_by_ssls, ssls
 from sasa_optax._sasa import (
     reduce_on_stationarity,
     sasa,
@@ -39,6 +41,7 @@ __all__ = [
     "Drop",
     "EquivalenceTest",
     "History",
+    "LineSearchState",
     "MeanEstimate",
     "Sample",
     "Samples",
@@ -57,11 +60,15 @@ __all__ = [
     "metrics",
     "qhm",
     "reduce_on_stationarity",
+    "salsa",
     "sasa",
     "sasa_plus",
     "scale_by_qhm",
+    "scale_by_salsa",
     "scale_by_sasa_plus",
+    "scale_by_ssls",
     "slope",
+    "ssls",
     "student_t_cdf",
     "student_t_quantile",
     "yaida_statistic",

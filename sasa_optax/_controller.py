@@ -13,7 +13,12 @@ import optax
 
 from sasa_optax import _checks, _tree, _types, _window
 from sasa_optax._stationarity import Samples, StationarityTest, TestResult
-from sasa_optax._statistics import Sample, Statistic, Transition
+from sasa_optax._statistics import (
+    Sample,
+    Statistic,
+    Transition,
+    master_statistic,
+)
 
 _DEFAULT_MIN_SAMPLES = 1000
 _DEFAULT_TEST_INTERVAL = 100
@@ -34,7 +39,8 @@ class ControllerState(NamedTuple):
       num_drops: how often the rate was cut, shape (), int32.
       num_nonfinite: samples left out because they were not finite, shape (), int32.
       last_test: the newest `TestResult`; its step is 0 before the first.
-      window: the samples since the last drop.
+      window: the samples since the last drop; None for `ssls`, which records nothing.
+      line_search: the `LineSearchState` of `ssls` and `salsa`; None for all others.
 
     Those without a dtype here are float32, or float64 where a parameter is.
     """
@@ -45,7 +51,8 @@ class ControllerState(NamedTuple):
     num_drops: jax.Array
     num_nonfinite: jax.Array
     last_test: TestResult
-    window: _window.Window
+    window: _window.Window | None
+    line_search: Any = None
 
 
 def _defaults(steps_per_epoch: int | None) -> tuple[int, int]:
@@ -64,29 +71,71 @@ def _scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     return array.astype(dtype)
 
 
+def no_test_yet(dtype: jax.typing.DTypeLike) -> TestResult:
+    return TestResult(
+        step=jnp.zeros((), jnp.int32),
+        mean=jnp.zeros((), dtype),
+        lower=jnp.zeros((), dtype),
+        upper=jnp.zeros((), dtype),
+        p_value=jnp.ones((), dtype),
+        num_samples=jnp.zeros((), jnp.int32),
+        stationary=jnp.zeros((), bool),
+    )
+
+
+def run_test(
+    test: StationarityTest,
+    window: _window.Window,
+    num_samples: jax.Array,
+    step: jax.Array,
+    num_drops: jax.Array,
+) -> TestResult:
+    """What the test says of the newest ``num_samples``, as the state keeps it."""
+    rows = _window.contents(window, num_samples)
+    scales = rows[1] if len(rows) == 2 else None
+    result = test(Samples(rows[0], scales, num_samples, step, num_drops))
+    if not isinstance(result, TestResult):
+        raise TypeError(f"test must return a TestResult, got {result!r} from {test!r}.")
+    floats = {
+        name: _scalar(f"TestResult.{name}", getattr(result, name), rows.dtype)
+        for name in ("mean", "lower", "upper", "p_value")
+    }
+    # A result that is not finite says nothing, and is kept out of the state.
+    is_finite = jnp.all(jnp.isfinite(jnp.stack(list(floats.values()))))
+    stationary = _scalar("TestResult.stationary", result.stationary, bool)
+    return TestResult(
+        step=step,
+        num_samples=num_samples,
+        stationary=is_finite & stationary,
+        **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+    )
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Controller:
     """Turns a direction d into the update -learning_rate * d, and tends the rate.
 
-    The arguments are those of `scale_by_sasa_plus`, where they are described.
+    The arguments are those of `scale_by_sasa_plus`, where they are described. Without a
+    test nothing is recorded, and the rate never drops.
     """
 
     learning_rate: optax.ScalarOrSchedule
-    statistic: Statistic
-    test: StationarityTest
-    factor: jax.typing.ArrayLike
-    leak_ratio: jax.typing.ArrayLike
-    min_samples: jax.typing.ArrayLike | None
-    test_interval: jax.typing.ArrayLike | None
-    steps_per_epoch: int | None
-    warmup_steps: jax.typing.ArrayLike
-    max_window: int
-    min_learning_rate: jax.typing.ArrayLike
+    statistic: Statistic = master_statistic
+    test: StationarityTest | None = None
+    factor: jax.typing.ArrayLike = 0.1
+    leak_ratio: jax.typing.ArrayLike = 8
+    min_samples: jax.typing.ArrayLike | None = None
+    test_interval: jax.typing.ArrayLike | None = None
+    steps_per_epoch: int | None = None
+    warmup_steps: jax.typing.ArrayLike = 0
+    max_window: int = 16384
+    min_learning_rate: jax.typing.ArrayLike = 0.0
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
         _checks.function("statistic", self.statistic, "from Transition to Sample")
-        _checks.function("test", self.test, "from Samples to TestResult")
+        if self.test is not None:
+            _checks.function("test", self.test, "from Samples to TestResult")
         _checks.number("factor", self.factor, "(0, 1)")
         _checks.integer("leak_ratio", self.leak_ratio, 1)
         _checks.integer("warmup_steps", self.warmup_steps, 0)
@@ -100,6 +149,9 @@ class Controller:
         _checks.integer("min_samples", self.min_samples, 4)
         _checks.integer("test_interval", self.test_interval, 1)
         _checks.exceeds("max_window", self.max_window, "min_samples", self.min_samples)
+        # Compiled here for those who do not compile their step: traced anew at every
+        # step, the conditional in it would be compiled anew as well.
+        self._compiled = jax.jit(self._advance)
 
     @property
     def _width(self) -> int:
@@ -117,24 +169,24 @@ class Controller:
 
     def init(self, params: optax.Params) -> ControllerState:
         dtype = _tree.statistic_dtype(params)
-        max_window = _checks.static_integer("max_window", self.max_window, 5)
+        window = None
+        if self.test is not None:
+            capacity = _checks.static_integer("max_window", self.max_window, 5)
+            window = _window.empty(self._width, capacity, dtype)
         return ControllerState(
             step=jnp.zeros((), jnp.int32),
             learning_rate=self._base_rate(jnp.zeros((), jnp.int32), dtype),
             scale=jnp.ones((), dtype),
             num_drops=jnp.zeros((), jnp.int32),
             num_nonfinite=jnp.zeros((), jnp.int32),
-            last_test=TestResult(
-                step=jnp.zeros((), jnp.int32),
-                mean=jnp.zeros((), dtype),
-                lower=jnp.zeros((), dtype),
-                upper=jnp.zeros((), dtype),
-                p_value=jnp.ones((), dtype),
-                num_samples=jnp.zeros((), jnp.int32),
-                stationary=jnp.zeros((), bool),
-            ),
-            window=_window.empty(self._width, max_window, dtype),
+            last_test=no_test_yet(dtype),
+            window=window,
         )
+
+    def rates(self, state: ControllerState) -> tuple[jax.Array, jax.Array]:
+        """The base rate of this step, and the rate: with its scale."""
+        base = self._base_rate(state.step, state.scale.dtype)
+        return base, self._rate(base, state.scale)
 
     def _row(self, transition: Transition) -> jax.Array:
         """The sample of a step, as the window stores it."""
@@ -148,61 +200,51 @@ class Controller:
         named = {f"Sample.{name}": x for name, x in sample._asdict().items()}
         return jnp.stack([_scalar(name, x, dtype) for name, x in named.items()])
 
+    def num_kept(self, window: _window.Window) -> jax.Array:
+        return _window.num_kept(window, self.leak_ratio)
+
+    def _judge(
+        self, state: ControllerState, is_good: jax.Array
+    ) -> tuple[TestResult, jax.Array]:
+        """The newest test, and whether it fired at this step."""
+        assert self.test is not None
+        assert state.window is not None
+        test, window = self.test, state.window
+        num_samples = self.num_kept(window)
+        min_samples = jnp.asarray(self.min_samples, jnp.int32)
+        is_testing = state.step % jnp.asarray(self.test_interval, jnp.int32) == 0
+        is_due = is_good & is_testing & (num_samples > min_samples)
+        result = jax.lax.cond(
+            is_due,
+            lambda: run_test(test, window, num_samples, state.step, state.num_drops),
+            lambda: state.last_test,
+        )
+        return result, is_due & result.stationary & (state.step > self.warmup_steps)
+
     def _advance(
-        self, state: ControllerState, row: jax.Array, base: jax.Array, rate: jax.Array
+        self,
+        state: ControllerState,
+        row: jax.Array,
+        is_good: jax.Array,
+        base: jax.Array,
+        rate: jax.Array,
     ) -> ControllerState:
         """Takes a sample to the window, the window to a test, and that to a drop."""
         row = jax.lax.stop_gradient(row)
-        is_finite = jnp.all(jnp.isfinite(row))
+        is_good &= jnp.all(jnp.isfinite(row))
         counted = optax.safe_increment(state.num_nonfinite)
         state = state._replace(
             step=optax.safe_increment(state.step),
-            num_nonfinite=jnp.where(is_finite, state.num_nonfinite, counted),
-            window=_window.push(state.window, row[: self._width], is_finite),
+            num_nonfinite=jnp.where(is_good, state.num_nonfinite, counted),
         )
-        min_samples = jnp.asarray(self.min_samples, jnp.int32)
-        is_testing = state.step % jnp.asarray(self.test_interval, jnp.int32) == 0
-        is_due = is_finite & is_testing & (self._num_samples(state) > min_samples)
-        state = self._test(state, is_due)
-        fired = is_due & state.last_test.stationary
-        return self._maybe_cut(
-            state, fired & (state.step > self.warmup_steps), base, rate
-        )
-
-    def _num_samples(self, state: ControllerState) -> jax.Array:
-        return _window.num_kept(state.window, self.leak_ratio)
-
-    def _test(self, state: ControllerState, is_due: jax.Array) -> ControllerState:
-        """Runs the test where it is due."""
-        dtype = state.scale.dtype
-
-        def run() -> TestResult:
-            num_samples = self._num_samples(state)
-            rows = _window.contents(state.window, num_samples)
-            scales = rows[1] if self._width == 2 else None
-            samples = Samples(rows[0], scales, num_samples, state.step, state.num_drops)
-            result = self.test(samples)
-            if not isinstance(result, TestResult):
-                raise TypeError(
-                    f"test must return a TestResult, got {result!r} from {self.test!r}."
-                )
-            floats = {
-                name: _scalar(f"TestResult.{name}", getattr(result, name), dtype)
-                for name in ("mean", "lower", "upper", "p_value")
-            }
-            # A result that is not finite says nothing, and is kept out of the state.
-            is_finite = jnp.all(jnp.isfinite(jnp.stack(list(floats.values()))))
-            stationary = _scalar("TestResult.stationary", result.stationary, bool)
-            return TestResult(
-                step=state.step,
-                num_samples=num_samples,
-                stationary=is_finite & stationary,
-                **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+        if state.window is not None:
+            window = _window.push(state.window, row[: self._width], is_good)
+            state = state._replace(window=window)
+            last_test, fired = self._judge(state, is_good)
+            state = self._maybe_cut(
+                state._replace(last_test=last_test), fired, base, rate
             )
-
-        return state._replace(
-            last_test=jax.lax.cond(is_due, run, lambda: state.last_test)
-        )
+        return state._replace(learning_rate=self.rates(state)[1])
 
     def _maybe_cut(
         self,
@@ -212,26 +254,46 @@ class Controller:
         rate: jax.Array,
     ) -> ControllerState:
         """Cuts the rate and empties the window where a test has fired."""
+        assert state.window is not None
         dtype = state.scale.dtype
         floor = jnp.asarray(self.min_learning_rate, dtype)
         # At its floor the rate has nowhere to go, and emptying the window no purpose.
         drop = fired & (rate > floor)
         min_scale = floor / jnp.where(drop, base, 1)
         cut = jnp.maximum(jnp.asarray(self.factor, dtype) * state.scale, min_scale)
-        scale = jnp.where(drop, cut, state.scale)
-        learning_rate = self._rate(self._base_rate(state.step, dtype), scale)
         return state._replace(
-            learning_rate=learning_rate,
-            scale=scale,
+            scale=jnp.where(drop, cut, state.scale),
             num_drops=state.num_drops + drop.astype(jnp.int32),
             window=_window.clear(state.window, drop),
         )
 
-    def transformation(self) -> optax.GradientTransformationExtraArgs:
-        # Compiled here for those who do not compile their step: traced anew at every
-        # step, the conditional in it would be compiled anew as well.
-        advance = jax.jit(self._advance)
+    def step(
+        self,
+        direction: optax.Updates,
+        state: ControllerState,
+        params: optax.Params,
+        grad: optax.Updates | None,
+        value: jax.typing.ArrayLike | None,
+        is_good: jax.typing.ArrayLike = True,
+    ) -> tuple[optax.Updates, ControllerState]:
+        """The update, and the state after it; a bad step goes unrecorded."""
+        base, rate = self.rates(state)
+        updates = _tree.scale(-rate, direction)
+        row = jnp.zeros((0,), state.scale.dtype)
+        if self.test is not None:
+            transition = Transition(
+                params=params,
+                # As the caller will compute them, so that XLA merges the two.
+                new_params=optax.apply_updates(params, updates),
+                direction=direction,
+                grad=direction if grad is None else grad,
+                learning_rate=rate,
+                value=value,
+            )
+            row = self._row(transition)
+        return updates, self._compiled(state, row, jnp.asarray(is_good), base, rate)
 
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         def update(
             updates: optax.Updates,
             state: ControllerState,
@@ -243,19 +305,6 @@ class Controller:
         ) -> tuple[optax.Updates, ControllerState]:
             del extra_args
             params = _checks.params(params, "The test for stationarity")
-            direction, dtype = updates, state.scale.dtype
-            base = self._base_rate(state.step, dtype)
-            rate = self._rate(base, state.scale)
-            updates = _tree.scale(-rate, direction)
-            transition = Transition(
-                params=params,
-                # As the caller will compute them, so that XLA merges the two.
-                new_params=optax.apply_updates(params, updates),
-                direction=direction,
-                grad=direction if grad is None else grad,
-                learning_rate=rate,
-                value=value,
-            )
-            return updates, advance(state, self._row(transition), base, rate)
+            return self.step(updates, state, params, grad, value)
 
         return _types.transformation(self.init, update)

@@ -23,11 +23,20 @@ if TYPE_CHECKING:
 Row = dict[str, bool | int | float]
 
 
+def _of_test(test: TestResult, name: str) -> dict[str, Any]:
+    return {f"{name}_{field}": value for field, value in test._asdict().items()}
+
+
 def _of_controller(state: ControllerState) -> dict[str, jax.Array]:
     fields = state._asdict()
     del fields["window"]
-    test = fields.pop("last_test")._asdict()
-    fields |= {f"test_{name}": value for name, value in test.items()}
+    fields |= _of_test(fields.pop("last_test"), "test")
+    search = fields.pop("line_search")
+    if search is not None:
+        fields |= search._asdict()
+        del fields["losses"]
+        loss_test = fields.pop("loss_test")
+        fields |= {} if loss_test is None else _of_test(loss_test, "loss_test")
     # Through asarray, since Flax NNX wraps each array of an optimizer's state.
     return {k: jnp.asarray(v) for k, v in fields.items() if v is not None}
 
@@ -43,9 +52,11 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       ``step``, ``learning_rate`` (but for `reduce_on_stationarity`), ``scale``,
       ``num_drops``, ``num_nonfinite``, and the newest `TestResult` as ``test_step``,
       ``test_mean``, ``test_lower``, ``test_upper``, ``test_p_value``,
-      ``test_num_samples``, ``test_stationary``. Where there are several controllers, as
-      under `optax.partition`, each key is led by the path to its controller and a
-      slash.
+      ``test_num_samples``, ``test_stationary``. Of `ssls` and `salsa` also
+      ``line_search_active``, ``step_size``, ``num_evaluations``; of `salsa` also the
+      newest test of the losses, as ``loss_test_step`` and so on. Where there are
+      several controllers, as under `optax.partition`, each key is led by the path to
+      its controller and a slash.
 
     Raises:
       ValueError: if there is no controller in ``opt_state``.

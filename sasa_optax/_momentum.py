@@ -1,4 +1,4 @@
-"""Momentum under a controller: what `sasa`, `sasa_plus` and `slope` share."""
+"""Momentum under a controller: what the complete optimizers share."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from sasa_optax._qhm import add_coupled_decay, check_qhm, init_trace, qhm_step
 
 
 class SasaState(NamedTuple):
-    """The state of `sasa`, `sasa_plus` and `slope`.
+    """The state of `sasa`, `sasa_plus`, `slope`, `ssls` and `salsa`.
 
     Attributes:
       trace: h_k, the exponential average of the gradients; like the parameters.
@@ -44,9 +44,10 @@ def with_momentum(
         params = _checks.params(params, "The test for stationarity")
         grads = add_coupled_decay(updates, weight_decay, params)
         # The window is empty after a drop, and at the start, when the trace is zero.
-        restart = _window.is_empty(state.controller.window)
+        window = state.controller.window
+        restart = False if window is None else _window.is_empty(window)
         direction, trace = qhm_step(grads, state.trace, momentum, nu, restart)
-        extra_args["grad"] = grads
+        extra_args |= {"grad": grads, "coupled_decay": weight_decay}
         updates, controlled = controller.update(
             direction, state.controller, params, **extra_args
         )

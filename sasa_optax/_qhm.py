@@ -57,6 +57,17 @@ def add_coupled_decay(
     return _tree.linear_combination(1.0, grads, weight_decay, params)
 
 
+def coupled_decay_loss(
+    weight_decay: jax.typing.ArrayLike,
+    params: optax.Params,
+    dtype: jax.typing.DTypeLike,
+) -> jax.typing.ArrayLike:
+    """(weight_decay/2) ||x||^2, what `add_coupled_decay` adds the gradient of."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return 0.0
+    return jnp.asarray(weight_decay, dtype) / 2 * _tree.squared_norm(params, dtype)
+
+
 def scale_by_qhm(
     momentum: jax.typing.ArrayLike = 0.9, nu: jax.typing.ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:

@@ -22,7 +22,7 @@ from sasa_optax._stationarity import (
 from sasa_optax._statistics import Statistic, master_statistic, yaida_statistic
 
 
-def _test_of_master_statistic(
+def test_of_master_statistic(
     test: Literal["zero_mean", "equivalence"] | StationarityTest,
     significance: jax.typing.ArrayLike | None,
     delta: jax.typing.ArrayLike | None,
@@ -147,7 +147,7 @@ def scale_by_sasa_plus(
     controller = Controller(
         learning_rate=learning_rate,
         statistic=statistic,
-        test=_test_of_master_statistic(test, significance, delta, variance),
+        test=test_of_master_statistic(test, significance, delta, variance),
         factor=factor,
         leak_ratio=leak_ratio,
         min_samples=min_samples,

@@ -29,19 +29,24 @@ def _load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return trace, json.loads(str(trace.pop("meta")))
 
 
+_OUR_NAMES = {
+    "lr": "learning_rate",
+    "momentum": "momentum",
+    "qhm_nu": "nu",
+    "weight_decay": "weight_decay",
+    "minN_stats": "min_samples",
+    "testfreq": "test_interval",
+    "warmup": "warmup_steps",
+    "leak_ratio": "leak_ratio",
+    "gamma": "smoothing",
+    "ls_sdc": "sufficient_decrease",
+    "ls_max": "max_trials",
+}
+
+
 def _arguments(meta: dict[str, Any]) -> dict[str, Any]:
     """statopt's arguments under our names."""
-    kwargs = meta["statopt_kwargs"]
-    return {
-        "learning_rate": kwargs["lr"],
-        "momentum": kwargs["momentum"],
-        "weight_decay": kwargs["weight_decay"],
-        "min_samples": kwargs["minN_stats"],
-        "test_interval": kwargs["testfreq"],
-        "warmup_steps": kwargs["warmup"],
-        "leak_ratio": kwargs["leak_ratio"],
-        "max_window": 2048,
-    }
+    return {_OUR_NAMES[name]: x for name, x in meta["statopt_kwargs"].items()}
 
 
 def _run(
@@ -65,7 +70,7 @@ def _run(
         w, state = carry
         value, grads = jax.value_and_grad(loss)(w, rows)
         updates, state = optax.with_extra_args_support(optimizer).update(
-            grads, state, w, value=value
+            grads, state, w, value=value, value_fn=loss, rows=rows
         )
         w = optax.apply_updates(w, updates)
         return (w, state), (w, see(state))
@@ -92,36 +97,22 @@ def _assert_drops(
 @pytest.mark.usefixtures("x64")
 def test_qhm() -> None:
     trace, meta = _load("qhm_nu07")
-    kwargs = meta["statopt_kwargs"]
-    optimizer = sasa_optax.qhm(
-        kwargs["lr"],
-        momentum=kwargs["momentum"],
-        nu=kwargs["qhm_nu"],
-        weight_decay=kwargs["weight_decay"],
-    )
+    optimizer = sasa_optax.qhm(**_arguments(meta))
     weights, _ = _run(optimizer, trace, meta)
     np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-12)
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "name", ["sasa_plus_iid", "sasa_plus_batch_means", "sasa_plus_overlapping"]
-)
-def test_sasa_plus(name: str) -> None:
-    trace, meta = _load(name)
-    optimizer = sasa_optax.sasa_plus(
-        **_arguments(meta), variance=_VARIANCE[meta["var_mode"]]
-    )
+def _see(state: Any) -> Any:
+    return sasa_optax.metrics(state), optax.tree.get(state, "window").buffer
 
-    def see(state: Any) -> Any:
-        return sasa_optax.metrics(state), optax.tree.get(state, "window").buffer
 
-    weights, (metrics, buffers) = _run(optimizer, trace, meta, see)
-    compared = _assert_drops(metrics, trace, meta)
+def _assert_samples_and_tests(
+    seen: Any, trace: dict[str, np.ndarray], meta: dict[str, Any], compared: int
+) -> None:
+    metrics, buffers = seen
     newest = np.asarray(buffers)[:, 0]
     samples = newest[np.arange(compared), np.arange(compared) % newest.shape[1]]
     np.testing.assert_allclose(samples, trace["statistic"][:compared], atol=1e-10)
-    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
 
     # A test leaves its step in the state; nothing else may.
     steps = trace["tests"][:, 0].astype(int)
@@ -142,9 +133,54 @@ def test_sasa_plus(name: str) -> None:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "name", ["sasa_plus_iid", "sasa_plus_batch_means", "sasa_plus_overlapping"]
+)
+def test_sasa_plus(name: str) -> None:
+    trace, meta = _load(name)
+    optimizer = sasa_optax.sasa_plus(
+        **_arguments(meta), variance=_VARIANCE[meta["var_mode"]], max_window=2048
+    )
+    weights, seen = _run(optimizer, trace, meta, _see)
+    compared = _assert_drops(seen[0], trace, meta)
+    _assert_samples_and_tests(seen, trace, meta, compared)
+    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_ssls() -> None:
+    trace, meta = _load("ssls")
+    optimizer = sasa_optax.ssls(**_arguments(meta))
+    weights, metrics = _run(optimizer, trace, meta, sasa_optax.metrics)
+    np.testing.assert_allclose(metrics["learning_rate"], trace["lr"], rtol=1e-12)
+    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["salsa_iid", "salsa_batch_means"])
+def test_salsa(name: str) -> None:
+    trace, meta = _load(name)
+    optimizer = sasa_optax.salsa(
+        **_arguments(meta), variance=_VARIANCE[meta["var_mode"]], max_window=2048
+    )
+    weights, seen = _run(optimizer, trace, meta, _see)
+    compared = _assert_drops(seen[0], trace, meta)
+    _assert_samples_and_tests(seen, trace, meta, compared)
+    np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)
+    # statopt searched up to the last step whose rate changed without a drop.
+    changed = np.flatnonzero(np.diff(trace["lr"])) + 2
+    last_search = max(set(changed.tolist()) - set(meta["drop_steps"]))
+    active = np.asarray(seen[0]["line_search_active"])
+    ended = int(np.argmin(active)) + 1
+    assert ended == last_search or ended in meta["drop_steps"]
+    assert last_search <= ended <= meta["drop_steps"][0]
+    assert not active[ended - 1 :].any()
+
+
+@pytest.mark.usefixtures("x64")
 def test_slope() -> None:
     trace, meta = _load("slope_linear")
-    optimizer = sasa_optax.slope(**_arguments(meta))
+    optimizer = sasa_optax.slope(**_arguments(meta), max_window=2048)
     weights, metrics = _run(optimizer, trace, meta, sasa_optax.metrics)
     _assert_drops(metrics, trace, meta)
     np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)

@@ -1,0 +1,369 @@
+"""SSLS: the rate found by a smoothed line search on the mini-batch's loss.
+
+It stands in front of a controller: it changes the scale that the controller applies,
+and ends for good when the loss stops falling or the controller cuts the rate.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sasa_optax import _checks, _tree, _types, _window
+from sasa_optax._controller import Controller, ControllerState, no_test_yet, run_test
+from sasa_optax._qhm import coupled_decay_loss
+from sasa_optax._stationarity import SlopeTest, TestResult
+
+_DEFAULT_SMOOTHING = 0.1
+
+_CALL = (
+    "`updates, state = optimizer.update(grads, state, params, grad=grads, "
+    "value_fn=value_fn)`, where `value_fn(params)` is the loss of this mini-batch."
+)
+
+
+class LineSearchState(NamedTuple):
+    """What a line search adds to a `ControllerState`.
+
+    Attributes:
+      line_search_active: whether it still goes on, shape (), bool.
+      step_size: eta, what the newest search found on its mini-batch, before smoothing;
+        shape (), float32, or float64 where a parameter is.
+      num_evaluations: of ``value_fn``, since the start; shape (), int32.
+      losses: of the mini-batches since the start; None for `ssls`, which never ends.
+      loss_test: the newest `TestResult` of the slope of the losses; None for `ssls`.
+    """
+
+    line_search_active: jax.Array
+    step_size: jax.Array
+    num_evaluations: jax.Array
+    losses: _window.Window | None
+    loss_test: TestResult | None
+
+
+class _Found(NamedTuple):
+    """What a search found; scalars.
+
+    Attributes:
+      ratio: of the step size found to the rate.
+      loss: f(x_k), or zero where that is not finite.
+      is_good: False if f(x_k) or the slope is not finite: such a step says nothing.
+      num_evaluations: of the loss.
+    """
+
+    ratio: jax.Array
+    loss: jax.Array
+    is_good: jax.Array
+    num_evaluations: jax.Array
+
+
+class _Batch(NamedTuple):
+    """The mini-batch at hand, as ``update`` was given it.
+
+    Attributes:
+      params: x_k.
+      grad: the gradient, with coupled weight decay.
+      descent: p, along which steps are tried.
+      value_fn: the loss as a function of the parameters alone.
+      value: f(x_k), shape (), or None where it has to be evaluated.
+      coupled_decay: lambda, if ``grad`` has lambda * x_k in it; the losses then get
+        (lambda/2) ||x||^2.
+    """
+
+    params: optax.Params
+    grad: optax.Updates
+    descent: optax.Updates
+    value_fn: Callable[[optax.Params], Any]
+    value: jax.Array | None
+    coupled_decay: jax.typing.ArrayLike
+
+    def decay_loss(
+        self, params: optax.Params, dtype: jax.typing.DTypeLike
+    ) -> jax.typing.ArrayLike:
+        return coupled_decay_loss(self.coupled_decay, params, dtype)
+
+
+def _loss(name: str, value: Any) -> jax.Array:
+    """``value``, which must be a real scalar."""
+    if isinstance(value, tuple | list | dict):
+        raise ValueError(
+            f"{name} must be a scalar, got a {type(value).__name__}: if the loss comes "
+            "with auxiliary output, give the loss alone."
+        )
+    loss = jnp.asarray(value)
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be a floating-point scalar, got shape {loss.shape} and dtype "
+            f"{loss.dtype}."
+        )
+    return loss
+
+
+def _own_arguments(
+    value_fn: Callable[..., Any], extra_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of the extra arguments that ``value_fn`` takes."""
+    parameters = inspect.signature(value_fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return extra_args
+    names = {p.name for p in parameters}
+    return {name: value for name, value in extra_args.items() if name in names}
+
+
+def _default_smoothing(steps_per_epoch: int | None) -> float:
+    if steps_per_epoch is None:
+        return _DEFAULT_SMOOTHING
+    return _checks.static_integer("steps_per_epoch", steps_per_epoch, 1) ** -0.5
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class LineSearch:
+    """Finds the rate that a controller then tends.
+
+    With a test of the losses' slope the search ends when that finds no decrease, or
+    when the controller cuts the rate; without one it never does. The arguments are
+    those of `scale_by_ssls`, where they are described.
+    """
+
+    controller: Controller
+    loss_test: SlopeTest | None
+    steps_per_epoch: int | None
+    smoothing: jax.typing.ArrayLike | None
+    sufficient_decrease: jax.typing.ArrayLike
+    increase_factor: jax.typing.ArrayLike
+    decrease_factor: jax.typing.ArrayLike
+    max_trials: jax.typing.ArrayLike
+    search_direction: str
+    search_interval: jax.typing.ArrayLike
+    max_learning_rate: jax.typing.ArrayLike | None
+
+    def __post_init__(self) -> None:
+        _checks.learning_rate(self.controller.learning_rate, allow_schedule=False)
+        if self.smoothing is None:
+            self.smoothing = _default_smoothing(self.steps_per_epoch)
+        _checks.number("smoothing", self.smoothing, "(0, 1]")
+        _checks.number("sufficient_decrease", self.sufficient_decrease, "(0, 1)")
+        _checks.number("increase_factor", self.increase_factor, "[1, inf)")
+        _checks.number("decrease_factor", self.decrease_factor, "(0, 1)")
+        _checks.integer("max_trials", self.max_trials, 1)
+        directions = ("gradient", "update")
+        _checks.choice("search_direction", self.search_direction, directions)
+        _checks.integer("search_interval", self.search_interval, 1)
+        if self.max_learning_rate is not None:
+            most = self.max_learning_rate
+            _checks.number("max_learning_rate", most, "(0, inf)")
+            for name in ("learning_rate", "min_learning_rate"):
+                least = getattr(self.controller, name)
+                _checks.exceeds("max_learning_rate", most, name, least)
+
+    def init(self, params: optax.Params) -> ControllerState:
+        state = self.controller.init(params)
+        dtype = state.scale.dtype
+        ends = self.loss_test is not None
+        capacity = self.controller.max_window
+        line_search = LineSearchState(
+            line_search_active=jnp.ones((), bool),
+            step_size=jnp.zeros((), dtype),
+            num_evaluations=jnp.zeros((), jnp.int32),
+            losses=_window.empty(1, capacity, dtype) if ends else None,
+            loss_test=no_test_yet(dtype) if ends else None,
+        )
+        return state._replace(line_search=line_search)
+
+    def _find(self, batch: _Batch, rate: jax.Array, known: jax.Array | None) -> _Found:
+        """Tries step sizes from increase_factor * rate down, until one is accepted.
+
+        One loop, so that the loss is compiled once: its pass 0 evaluates f(x_k), and is
+        left out where that is known; pass n is the n-th trial.
+        """
+        dtype = rate.dtype
+        slope = _tree.inner_product(batch.grad, batch.descent, dtype)
+        increase = jnp.asarray(self.increase_factor, dtype)
+        decrease = jnp.asarray(self.decrease_factor, dtype)
+        required = jnp.asarray(self.sufficient_decrease, dtype)
+
+        def ratio(trial: jax.Array) -> jax.Array:
+            return increase * decrease ** (trial - 1).astype(dtype)
+
+        def evaluate(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The loss and its error of rounding."""
+            step = _tree.scale(-step_size, batch.descent)
+            params = optax.apply_updates(batch.params, step)
+            loss = _loss("value_fn's result", batch.value_fn(params))
+            eps = float(jnp.finfo(loss.dtype).eps)
+            loss = jax.lax.stop_gradient(loss).astype(dtype)
+            return loss + batch.decay_loss(params, dtype), eps * jnp.abs(loss)
+
+        def go_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+            trial, _, is_good, accepted = carry
+            may_try = is_good & (slope > 0) & (trial <= self.max_trials) & ~accepted
+            return (trial == 0) | may_try
+
+        def one_pass(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            trial, start, is_good, _ = carry
+            is_start = trial == 0
+            step_size = jnp.where(is_start, 0, ratio(trial) * rate)
+            loss, rounding = evaluate(step_size)
+            is_finite = jnp.isfinite(loss)
+            # A rise that the loss's own type cannot tell from none is none.
+            bound = start - required * step_size * slope + rounding
+            accepted = ~is_start & is_finite & (loss <= bound)
+            start = jnp.where(is_start & is_finite, loss, start)
+            return trial + 1, start, is_good & (is_finite | ~is_start), accepted
+
+        loss = jnp.zeros((), dtype) if known is None else known
+        is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
+        first = jnp.asarray(0 if known is None else 1, jnp.int32)
+        start = jnp.where(is_good, loss, 0)
+        trial, start, is_good, accepted = jax.lax.while_loop(
+            go_on, one_pass, (first, start, is_good, jnp.zeros((), bool))
+        )
+        # The next one to try, or that before it if it was accepted.
+        found = ratio(jnp.where(accepted, trial - 1, trial))
+        found = jnp.where(slope > 0, found, decrease)
+        return _Found(jnp.where(is_good, found, 1), start, is_good, trial - first)
+
+    def _rest(self, rate: jax.Array, known: jax.Array | None) -> _Found:
+        """In place of `_find`, in the steps between two searches."""
+        loss = jnp.zeros_like(rate) if known is None else known
+        is_good = jnp.isfinite(loss)
+        return _Found(
+            ratio=jnp.ones_like(rate),
+            loss=jnp.where(is_good, loss, 0),
+            is_good=is_good,
+            num_evaluations=jnp.zeros((), jnp.int32),
+        )
+
+    def _smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
+        """The next rate, (1 - gamma) * rate + gamma * ratio * rate, within its bounds.
+
+        gamma is compounded: a search stands for the steps until the next.
+        """
+        dtype = rate.dtype
+        interval = jnp.asarray(self.search_interval, dtype)
+        kept = (1 - jnp.asarray(self.smoothing, dtype)) ** interval
+        # Neither the rate nor its square may overflow or vanish.
+        largest = float(jnp.finfo(dtype).max) ** 0.5
+        most = largest if self.max_learning_rate is None else self.max_learning_rate
+        smoothed = kept * rate + (1 - kept) * ratio * rate
+        return jnp.clip(
+            smoothed, jnp.asarray(1 / largest, dtype), jnp.asarray(most, dtype)
+        )
+
+    def _search(
+        self, batch: _Batch, state: ControllerState
+    ) -> tuple[jax.Array, LineSearchState, jax.Array]:
+        """The new scale, the new state, and whether the step is a good one."""
+        base, rate = self.controller.rates(state)
+        known = None
+        if batch.value is not None:
+            known = batch.value.astype(rate.dtype)
+            known += batch.decay_loss(batch.params, rate.dtype)
+        interval = jnp.asarray(self.search_interval, jnp.int32)
+        is_due = state.step % interval == 0
+        found = jax.lax.cond(
+            is_due,
+            lambda: self._find(batch, rate, known),
+            lambda: self._rest(rate, known),
+        )
+        search: LineSearchState = state.line_search
+        is_found = is_due & found.is_good
+        count = search.num_evaluations + found.num_evaluations
+        search = search._replace(
+            step_size=jnp.where(is_found, found.ratio * rate, search.step_size),
+            # The counter stays at its end rather than start again below zero.
+            num_evaluations=jnp.where(count < 0, search.num_evaluations, count),
+        )
+        # Where losses come with searches only, each stands for the steps between two.
+        steps_per_loss = interval if known is None else 1
+        is_recorded = found.is_good & (is_due if known is None else True)
+        search = self._judge_losses(
+            search, state, found.loss, is_recorded, steps_per_loss
+        )
+        scale = self._smoothed(rate, found.ratio) / base
+        return jnp.where(is_found, scale, state.scale), search, found.is_good
+
+    def _judge_losses(
+        self,
+        search: LineSearchState,
+        state: ControllerState,
+        loss: jax.Array,
+        is_recorded: jax.Array,
+        steps_per_loss: jax.typing.ArrayLike,
+    ) -> LineSearchState:
+        """Ends the search where the losses no longer fall."""
+        if self.loss_test is None or search.losses is None:
+            return search
+        losses = _window.push(search.losses, loss[None], is_recorded)
+        num_losses = self.controller.num_kept(losses)
+        min_samples = jnp.asarray(self.controller.min_samples, jnp.int32)
+        is_due = is_recorded & (num_losses * steps_per_loss > min_samples)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        test = functools.partial(run_test, self.loss_test, losses, num_losses)
+        result = jax.lax.cond(
+            is_due, lambda: test(step, state.num_drops), lambda: search.loss_test
+        )
+        return search._replace(
+            line_search_active=~(is_due & result.stationary),
+            losses=losses,
+            loss_test=result,
+        )
+
+    def _batch(
+        self,
+        updates: optax.Updates,
+        params: optax.Params,
+        grad: optax.Updates | None,
+        value: jax.typing.ArrayLike | None,
+        value_fn: Callable[..., Any] | None,
+        coupled_decay: jax.typing.ArrayLike,
+        extra_args: dict[str, Any],
+    ) -> _Batch:
+        if value_fn is None:
+            raise ValueError(f"The line search needs `value_fn`: call {_CALL}")
+        if grad is None:
+            raise ValueError(f"The line search needs `grad`: call {_CALL}")
+        along = grad if self.search_direction == "gradient" else updates
+        known = None if value is None else _loss("value", value)
+        # The search is no part of what is differentiated; nor could a loop be.
+        params, grad, along, known = jax.lax.stop_gradient((params, grad, along, known))
+        own_arguments = _own_arguments(value_fn, extra_args)
+        value_of = functools.partial(value_fn, **own_arguments)
+        return _Batch(params, grad, along, value_of, known, coupled_decay)
+
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        def update(
+            updates: optax.Updates,
+            state: ControllerState,
+            params: optax.Params | None = None,
+            *,
+            grad: optax.Updates | None = None,
+            value: jax.typing.ArrayLike | None = None,
+            value_fn: Callable[..., Any] | None = None,
+            coupled_decay: jax.typing.ArrayLike = 0.0,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, ControllerState]:
+            params = _checks.params(params, "The line search")
+            batch = self._batch(
+                updates, params, grad, value, value_fn, coupled_decay, extra_args
+            )
+            scale, search, is_good = jax.lax.cond(
+                state.line_search.line_search_active,
+                lambda: self._search(batch, state),
+                lambda: (state.scale, state.line_search, jnp.ones((), bool)),
+            )
+            num_drops = state.num_drops
+            updates, state = self.controller.step(
+                updates, state._replace(scale=scale), params, grad, value, is_good
+            )
+            # A drop ends the search.
+            is_active = search.line_search_active & (state.num_drops == num_drops)
+            search = search._replace(line_search_active=is_active)
+            return updates, state._replace(line_search=search)
+
+        return _types.transformation(self.init, update)
