@@ -1,7 +1,7 @@
 """Learning rates that drop when a statistical test finds progress has stopped."""
 
 from sasa_optax._controller import ControllerState
-from sasa_optax._history import Drop, History, metrics
+from sasa_optax._history import Drop, History, Switch, metrics
 from sasa_optax._line_search import LineSearchState
 from sasa_optax._momentum import SasaState
 from sasa_optax._qhm import ScaleByQhmState, qhm, scale_by_qhm
@@ -50,6 +50,7 @@ __all__ = [
     "SlopeTest",
     "StationarityTest",
     "Statistic",
+    "Switch",
     "TestResult",
     "Transition",
     "Window",

@@ -123,11 +123,43 @@ class Drop:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """The end of SALSA's line search; ``str()`` says it in a sentence.
+
+    Attributes:
+      step: the step at which it ended; where that was missed, because the records lie
+        too far apart, the step of the record that shows it.
+      learning_rate: the rate that was found.
+      test: what the test of the losses' slope said; None if a drop ended the search.
+    """
+
+    step: int
+    learning_rate: float
+    test: TestResult | None
+
+    def __str__(self) -> str:
+        found = f"step {self.step}: the line search has ended at learning rate"
+        if self.test is None:
+            return f"{found} {self.learning_rate:.3g}, by a drop."
+        t = self.test
+        return (
+            f"{found} {self.learning_rate:.3g}: the newest {t.num_samples} losses fall "
+            f"no more, slope {t.mean:.3g} in [{t.lower:.3g}, {t.upper:.3g}] "
+            f"(p = {t.p_value:.2g})."
+        )
+
+
 def _to_python(name: str, value: Any) -> bool | int | float:
     array = np.asarray(value)
     if array.shape:
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
     return array.item()
+
+
+def _test_in(row: Row, prefix: str) -> TestResult:
+    names = TestResult._fields
+    return TestResult(**{name: row[f"{prefix}_{name}"] for name in names})
 
 
 class History:
@@ -140,6 +172,8 @@ class History:
     Attributes:
       rows: the records, each a dict of Python numbers.
       drops: the cuts of the rate seen so far, each a `Drop`.
+      switch: the end of SALSA's line search, a `Switch`; None before that, and for all
+        other optimizers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,9 +189,11 @@ class History:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.drops: list[Drop] = []
+        self.switch: Switch | None = None
 
-    def record(self, metrics: Mapping[str, Any], **values: Any) -> Drop | None:
-        """Adds a row, and returns the drop since the row before, if there was one.
+    def record(self, metrics: Mapping[str, Any], **values: Any) -> Drop | Switch | None:
+        """Adds a row, and returns what happened since the row before: a drop, else the
+        end of the line search, else None.
 
         A row of the same or a later step than the new one is forgotten: a run that was
         restored from a checkpoint goes on from there.
@@ -184,11 +220,27 @@ class History:
         last = self.rows[-1] if self.rows else None
         seen = last["step"] if last else 0
         self.drops = [old for old in self.drops if old.step <= seen]
+        if self.switch is not None and self.switch.step > seen:
+            self.switch = None
         drop = self._drop_between(last, row) if last else None
+        switch = self._switch_between(last, row, drop) if last else None
         self.rows.append(row)
         if drop is not None:
             self.drops.append(drop)
-        return drop
+        if switch is not None:
+            self.switch = switch
+        return drop or switch
+
+    def _switch_between(self, last: Row, row: Row, drop: Drop | None) -> Switch | None:
+        was_active = last.get("line_search_active", False)
+        if not was_active or row["line_search_active"]:
+            return None
+        if not row["loss_test_stationary"]:
+            assert drop is not None
+            return Switch(drop.step, drop.old_rate, test=None)
+        test = _test_in(row, "loss_test")
+        rate = row["learning_rate"] if drop is None else drop.old_rate
+        return Switch(int(row["loss_test_step"]), rate, test)
 
     def _drop_between(self, last: Row, row: Row) -> Drop | None:
         num_drops = row["num_drops"] - last["num_drops"]
@@ -199,9 +251,7 @@ class History:
         # test is the one that fired.
         if num_drops > 1 or not row["test_stationary"]:
             return Drop(int(row["step"]), *rates, test=None)
-        names = TestResult._fields
-        test = TestResult(**{name: row[f"test_{name}"] for name in names})
-        return Drop(int(row["test_step"]), *rates, test=test)
+        return Drop(int(row["test_step"]), *rates, test=_test_in(row, "test"))
 
     @property
     def rate_name(self) -> str:
@@ -210,8 +260,9 @@ class History:
         return "learning_rate" if has_rate else "scale"
 
     def explain(self) -> str:
-        """Every drop, a line each."""
-        return "\n".join(map(str, self.drops)) or "The rate has not dropped."
+        """The end of the line search and every drop, a line each."""
+        events = [self.switch, *self.drops] if self.switch else self.drops
+        return "\n".join(map(str, events)) or "The rate has not dropped."
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as CSV, a column for each name that occurs."""
@@ -272,6 +323,8 @@ class History:
             ax.grid(alpha=0.3)
             for drop in self.drops:
                 ax.axvline(drop.step, color="tab:red", linestyle=":", linewidth=1)
+            if end := self._end_of_search():
+                ax.axvspan(0, end, color="tab:blue", alpha=0.08, linewidth=0)
         axes[-1].set_xlabel("step")
         if path is not None:
             figure.savefig(path, dpi=150)
@@ -280,6 +333,15 @@ class History:
     def _column(self, name: str) -> tuple[list[float], list[float]]:
         pairs = [(row["step"], row[name]) for row in self.rows if name in row]
         return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+    def _end_of_search(self) -> float:
+        """The step up to which the rate was searched for; 0 without a search."""
+        if not self.rows or "line_search_active" not in self.rows[-1]:
+            return 0
+        if self.switch is not None:
+            return self.switch.step
+        last = self.rows[-1]
+        return last["step"] if last["line_search_active"] else 0
 
     def _plot_loss(self, ax: "Axes") -> None:
         steps, loss = self._column("loss")
@@ -305,6 +367,14 @@ class History:
             )
         ax.set_yscale("log")
         ax.set_ylabel(self.rate_name.replace("_", " "))
+        if self._end_of_search():
+            label = (
+                "line search"
+                if self.switch is None
+                else (f"line search, {self.switch.learning_rate:.2g} found")
+            )
+            ax.fill_between([], [], color="tab:blue", alpha=0.15, label=label)
+            ax.legend(loc="best", fontsize="small")
 
     def _plot_tests(self, ax: "Axes") -> None:
         tests = {row["test_step"]: row for row in self.rows if row["test_step"] > 0}

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,6 +65,18 @@ def test_metrics_are_scalars_with_the_documented_names_inside_jit() -> None:
 def test_metrics_of_a_scale_have_no_learning_rate() -> None:
     optimizer = optax.chain(optax.adam(1e-3), sasa_optax.reduce_on_stationarity())
     assert set(sasa_optax.metrics(optimizer.init(_PARAMS))) == _KEYS - {"learning_rate"}
+
+
+_SEARCH_KEYS = {"line_search_active", "step_size", "num_evaluations"}
+
+
+def test_metrics_of_a_line_search_say_what_it_does() -> None:
+    ssls = sasa_optax.metrics(sasa_optax.ssls().init(_PARAMS))
+    assert set(ssls) == _KEYS | _SEARCH_KEYS
+    salsa = sasa_optax.metrics(sasa_optax.salsa().init(_PARAMS))
+    assert set(salsa) == _KEYS | _SEARCH_KEYS | {
+        f"loss_{key}" for key in _KEYS if key.startswith("test_")
+    }
 
 
 def test_metrics_find_the_controller_at_any_depth() -> None:
@@ -213,3 +226,91 @@ def test_the_picture_needs_rows_and_matplotlib(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"sasa-optax\[plot\]"):
         _train(5, num_steps=5).plot()
+
+
+def _salsa_run(
+    falls: Callable[[int], bool], record_every: int, num_steps: int = 60
+) -> sasa_optax.History:
+    """Losses that fall while ``falls`` says so, and a test that fires at step 40."""
+    optimizer = sasa_optax.salsa(
+        test=_eager, min_samples=5, leak_ratio=1, test_interval=40, max_window=64
+    )
+    history = sasa_optax.History()
+    state = optimizer.init(_PARAMS)
+
+    @jax.jit
+    def update(state: Any, loss: jax.Array) -> Any:
+        return optimizer.update(
+            _PARAMS, state, _PARAMS, value=loss, value_fn=lambda params: loss - 1.0
+        )[1]
+
+    loss = 1.0
+    for step in range(1, num_steps + 1):
+        loss = loss - 0.01 if falls(step) else loss + 0.1
+        state = update(state, jnp.asarray(loss + 0.001 * (-1) ** step))
+        if step % record_every == 0:
+            history.record(sasa_optax.metrics(state), loss=loss)
+    return history
+
+
+def test_history_tells_that_the_losses_ended_the_search() -> None:
+    history = _salsa_run(lambda step: step < 20, record_every=1)
+    switch = history.switch
+    assert switch is not None
+    assert switch.test is not None
+    # The row of that step is the first without a search.
+    rows = [row for row in history.rows if not row["line_search_active"]]
+    assert switch.step == rows[0]["step"] == switch.test.step
+    assert 20 < switch.step < 40
+    assert switch.learning_rate == rows[0]["learning_rate"]
+    assert switch.test.num_samples == switch.step
+    assert "the newest" in str(switch)
+    assert "losses fall no more" in str(switch)
+    # Then the test fires, at step 40.
+    assert [drop.step for drop in history.drops] == [40]
+    assert history.explain() == f"{switch}\n{history.drops[0]}"
+
+
+def test_history_tells_that_a_drop_ended_the_search() -> None:
+    history = _salsa_run(lambda step: True, record_every=4)
+    drop, switch = history.drops[0], history.switch
+    assert switch is not None
+    assert (switch.step, switch.test, drop.step) == (40, None, 40)
+    assert switch.learning_rate == drop.old_rate
+    assert "by a drop" in str(switch)
+
+
+def test_history_returns_what_happened() -> None:
+    optimizer = sasa_optax.salsa()
+    metrics = sasa_optax.metrics(optimizer.init(_PARAMS))
+    ended = {
+        **metrics,
+        "step": 10,
+        "line_search_active": False,
+        "loss_test_step": 8,
+        "loss_test_stationary": True,
+    }
+    history = sasa_optax.History()
+    assert history.record({**metrics, "step": 1}) is None
+    assert history.record(ended) is history.switch
+    assert history.switch is not None
+    assert history.switch.step == 8
+    # A restored run goes on from before.
+    assert history.record({**metrics, "step": 5}) is None
+    assert history.switch is None
+
+
+@pytest.mark.parametrize("record_every", [1, 8])
+def test_a_search_is_shaded_up_to_its_end(record_every: int, tmp_path: Any) -> None:
+    history = _salsa_run(lambda step: step < 20, record_every)
+    figure = history.plot(tmp_path / "salsa.png")
+    assert history.switch is not None
+    for ax in figure.axes:
+        spans = [p for p in ax.patches if p.get_alpha() == 0.08]
+        assert [span.get_x() + span.get_width() for span in spans] == [
+            history.switch.step
+        ]
+    restored = sasa_optax.History()
+    for row in history.rows:
+        restored.record(row)
+    assert restored.switch == history.switch
