@@ -47,6 +47,21 @@ _PARTS: list[tuple[str, Any, str]] = [
     ("statistic", "master", "a function from Transition to Sample"),
 ]
 
+_SEARCH: list[tuple[str, Any, str]] = [
+    ("learning_rate", max, "a number in (0, inf)"),  # a function, so a schedule
+    ("smoothing", 0.0, "a number in (0, 1]"),
+    ("smoothing", 1.1, "a number in (0, 1]"),
+    ("sufficient_decrease", 1.0, "a number in (0, 1)"),
+    ("increase_factor", 0.9, "a number in [1, inf)"),
+    ("decrease_factor", 1.0, "a number in (0, 1)"),
+    ("max_trials", 0, "an integer of at least 1"),
+    ("max_trials", 2.0, "an integer of at least 1"),
+    ("search_direction", "g", "'gradient' or 'update'"),
+    ("search_interval", 0, "an integer of at least 1"),
+    ("max_learning_rate", 0.0, "a number in (0, inf)"),
+    ("max_learning_rate", np.inf, "a number in (0, inf)"),
+]
+
 _CASES = {
     sasa_optax.sasa_plus: _COMMON + _RATE + _MOMENTUM + _NU + _PARTS,
     sasa_optax.sasa: [*_COMMON, *_RATE, *_MOMENTUM, ("delta", 0, "(0, inf)")],
@@ -62,6 +77,10 @@ _CASES = {
         *_PARTS,
         ("min_scale", 1.5, "a number in [0, 1]"),
     ],
+    sasa_optax.ssls: [*_SEARCH, *_RATE, *_MOMENTUM, *_NU, ("steps_per_epoch", 0, "1")],
+    sasa_optax.scale_by_ssls: _SEARCH + _RATE,
+    sasa_optax.salsa: _COMMON + _RATE + _MOMENTUM + _NU + _PARTS + _SEARCH,
+    sasa_optax.scale_by_salsa: _COMMON + _RATE + _PARTS + _SEARCH,
     sasa_optax.qhm: _RATE[:5] + _MOMENTUM + _NU,
     sasa_optax.scale_by_qhm: _MOMENTUM[:1] + _NU,
 }
@@ -82,7 +101,7 @@ def test_bad_arguments(
         sasa_optax.reduce_on_stationarity,
         sasa_optax.scale_by_qhm,
     )
-    kwargs = {"learning_rate": 0.1} if needs_rate else {}
+    kwargs: dict[str, Any] = {"learning_rate": 0.1} if needs_rate else {}
     with pytest.raises(ValueError, match=name) as error:
         make(**kwargs | {name: value})
     message = str(error.value)

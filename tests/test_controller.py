@@ -48,6 +48,41 @@ def _slope(
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
+def _with_a_loss(
+    make: Callable[..., optax.GradientTransformationExtraArgs],
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """SALSA with a loss of its own, likewise."""
+
+    def loss(params: Any) -> jax.Array:
+        squares = [jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(params)]
+        return sum(square.astype(jnp.float32) for square in squares)
+
+    def made(
+        learning_rate: float = 1.0,
+        min_samples: int | None = None,
+        test_interval: int | None = None,
+        leak_ratio: int = 8,
+        max_window: int = 16384,
+    ) -> optax.GradientTransformationExtraArgs:
+        optimizer = make(
+            learning_rate,
+            min_samples=min_samples,
+            test_interval=test_interval,
+            leak_ratio=leak_ratio,
+            max_window=max_window,
+        )
+
+        def update(
+            updates: Any, state: Any, params: Any = None, **extra_args: Any
+        ) -> Any:
+            extra_args |= {"grad": updates, "value": None, "value_fn": loss}
+            return optimizer.update(updates, state, params, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+    return made
+
+
 # Each public optimizer, ready to use, with its parameters' learning rate of one.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "sasa": functools.partial(sasa_optax.sasa, 1.0),
@@ -58,6 +93,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "scale_by_sasa_plus": functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
     "reduce_on_stationarity": sasa_optax.reduce_on_stationarity,
     "slope": _slope,
+    "salsa": _with_a_loss(sasa_optax.salsa),
+    "scale_by_salsa": _with_a_loss(sasa_optax.scale_by_salsa),
 }
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
