@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree, _types, _window
+from sasa_optax._qhm import add_coupled_decay
 from sasa_optax._stationarity import Samples, StationarityTest, TestResult
 from sasa_optax._statistics import (
     Sample,
@@ -274,6 +275,7 @@ class Controller:
         params: optax.Params,
         grad: optax.Updates | None,
         value: jax.typing.ArrayLike | None,
+        coupled_decay: jax.typing.ArrayLike,
         is_good: jax.typing.ArrayLike = True,
     ) -> tuple[optax.Updates, ControllerState]:
         """The update, and the state after it; a bad step goes unrecorded."""
@@ -281,12 +283,13 @@ class Controller:
         updates = _tree.scale(-rate, direction)
         row = jnp.zeros((0,), state.scale.dtype)
         if self.test is not None:
+            grad = direction if grad is None else grad
             transition = Transition(
                 params=params,
                 # As the caller will compute them, so that XLA merges the two.
                 new_params=optax.apply_updates(params, updates),
                 direction=direction,
-                grad=direction if grad is None else grad,
+                grad=add_coupled_decay(grad, coupled_decay, params),
                 learning_rate=rate,
                 value=value,
             )
@@ -301,10 +304,11 @@ class Controller:
             *,
             grad: optax.Updates | None = None,
             value: jax.typing.ArrayLike | None = None,
+            coupled_decay: jax.typing.ArrayLike = 0.0,
             **extra_args: Any,
         ) -> tuple[optax.Updates, ControllerState]:
             del extra_args
             params = _checks.params(params, "The test for stationarity")
-            return self.step(updates, state, params, grad, value)
+            return self.step(updates, state, params, grad, value, coupled_decay)
 
         return _types.transformation(self.init, update)

@@ -16,7 +16,7 @@ import optax
 
 from sasa_optax import _checks, _tree, _types, _window
 from sasa_optax._controller import Controller, ControllerState, no_test_yet, run_test
-from sasa_optax._qhm import coupled_decay_loss
+from sasa_optax._qhm import add_coupled_decay, coupled_decay_loss
 from sasa_optax._stationarity import SlopeTest, TestResult
 
 _DEFAULT_SMOOTHING = 0.1
@@ -67,17 +67,17 @@ class _Batch(NamedTuple):
 
     Attributes:
       params: x_k.
-      grad: the gradient, with coupled weight decay.
-      descent: p, along which steps are tried.
+      grad: the gradient, without coupled weight decay.
+      direction: d, what the chain made of it; None where the search does not need it.
       value_fn: the loss as a function of the parameters alone.
       value: f(x_k), shape (), or None where it has to be evaluated.
-      coupled_decay: lambda, if ``grad`` has lambda * x_k in it; the losses then get
+      coupled_decay: lambda; the gradient then gets lambda * x_k, and the losses
         (lambda/2) ||x||^2.
     """
 
     params: optax.Params
     grad: optax.Updates
-    descent: optax.Updates
+    direction: optax.Updates | None
     value_fn: Callable[[optax.Params], Any]
     value: jax.Array | None
     coupled_decay: jax.typing.ArrayLike
@@ -182,7 +182,9 @@ class LineSearch:
         left out where that is known; pass n is the n-th trial.
         """
         dtype = rate.dtype
-        slope = _tree.inner_product(batch.grad, batch.descent, dtype)
+        grad = add_coupled_decay(batch.grad, batch.coupled_decay, batch.params)
+        descent = grad if batch.direction is None else batch.direction
+        slope = _tree.inner_product(grad, descent, dtype)
         increase = jnp.asarray(self.increase_factor, dtype)
         decrease = jnp.asarray(self.decrease_factor, dtype)
         required = jnp.asarray(self.sufficient_decrease, dtype)
@@ -192,7 +194,7 @@ class LineSearch:
 
         def evaluate(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
             """The loss and its error of rounding."""
-            step = _tree.scale(-step_size, batch.descent)
+            step = _tree.scale(-step_size, descent)
             params = optax.apply_updates(batch.params, step)
             loss = _loss("value_fn's result", batch.value_fn(params))
             eps = float(jnp.finfo(loss.dtype).eps)
@@ -328,7 +330,7 @@ class LineSearch:
             raise ValueError(f"The line search needs `value_fn`: call {_CALL}")
         if grad is None:
             raise ValueError(f"The line search needs `grad`: call {_CALL}")
-        along = grad if self.search_direction == "gradient" else updates
+        along = updates if self.search_direction == "update" else None
         known = None if value is None else _loss("value", value)
         # The search is no part of what is differentiated; nor could a loop be.
         params, grad, along, known = jax.lax.stop_gradient((params, grad, along, known))
@@ -358,8 +360,9 @@ class LineSearch:
                 lambda: (state.scale, state.line_search, jnp.ones((), bool)),
             )
             num_drops = state.num_drops
+            state = state._replace(scale=scale)
             updates, state = self.controller.step(
-                updates, state._replace(scale=scale), params, grad, value, is_good
+                updates, state, params, grad, value, coupled_decay, is_good
             )
             # A drop ends the search.
             is_active = search.line_search_active & (state.num_drops == num_drops)

@@ -47,7 +47,9 @@ def with_momentum(
         window = state.controller.window
         restart = False if window is None else _window.is_empty(window)
         direction, trace = qhm_step(grads, state.trace, momentum, nu, restart)
-        extra_args |= {"grad": grads, "coupled_decay": weight_decay}
+        # The decay is left to those who need it: a line search, which ends, would
+        # otherwise have the sum of the two written to memory for good.
+        extra_args |= {"grad": updates, "coupled_decay": weight_decay}
         updates, controlled = controller.update(
             direction, state.controller, params, **extra_args
         )
