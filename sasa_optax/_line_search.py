@@ -47,18 +47,22 @@ class LineSearchState(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a search found; scalars.
+    """What was seen of a mini-batch; scalars.
 
     Attributes:
-      ratio: of the step size found to the rate.
-      loss: f(x_k), or zero where that is not finite.
       is_good: False if f(x_k) or the slope is not finite: such a step says nothing.
+      is_search: whether a step size was searched for, and found.
+      ratio: of that step size to the rate.
+      has_loss: whether f(x_k) is known, and the step a good one.
+      loss: f(x_k), or zero.
       num_evaluations: of the loss.
     """
 
-    ratio: jax.Array
-    loss: jax.Array
     is_good: jax.Array
+    is_search: jax.Array
+    ratio: jax.Array
+    has_loss: jax.Array
+    loss: jax.Array
     num_evaluations: jax.Array
 
 
@@ -228,17 +232,40 @@ class LineSearch:
         # The next one to try, or that before it if it was accepted.
         found = ratio(jnp.where(accepted, trial - 1, trial))
         found = jnp.where(slope > 0, found, decrease)
-        return _Found(jnp.where(is_good, found, 1), start, is_good, trial - first)
+        return _Found(
+            is_good=is_good,
+            is_search=is_good,
+            ratio=jnp.where(is_good, found, 1),
+            has_loss=is_good,
+            loss=start,
+            num_evaluations=trial - first,
+        )
 
     def _rest(self, rate: jax.Array, known: jax.Array | None) -> _Found:
-        """In place of `_find`, in the steps between two searches."""
+        """In place of `_find`: between two searches, and when they have ended."""
         loss = jnp.zeros_like(rate) if known is None else known
         is_good = jnp.isfinite(loss)
         return _Found(
-            ratio=jnp.ones_like(rate),
-            loss=jnp.where(is_good, loss, 0),
             is_good=is_good,
+            is_search=jnp.zeros((), bool),
+            ratio=jnp.ones_like(rate),
+            has_loss=is_good & (known is not None),
+            loss=jnp.where(is_good, loss, 0),
             num_evaluations=jnp.zeros((), jnp.int32),
+        )
+
+    def _look(self, batch: _Batch, state: ControllerState) -> _Found:
+        """Searches, if one is due at this step."""
+        _, rate = self.controller.rates(state)
+        known = None
+        if batch.value is not None:
+            known = batch.value.astype(rate.dtype)
+            known += batch.decay_loss(batch.params, rate.dtype)
+        is_due = state.step % jnp.asarray(self.search_interval, jnp.int32) == 0
+        return jax.lax.cond(
+            is_due,
+            lambda: self._find(batch, rate, known),
+            lambda: self._rest(rate, known),
         )
 
     def _smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
@@ -257,61 +284,48 @@ class LineSearch:
             smoothed, jnp.asarray(1 / largest, dtype), jnp.asarray(most, dtype)
         )
 
-    def _search(
-        self, batch: _Batch, state: ControllerState
-    ) -> tuple[jax.Array, LineSearchState, jax.Array]:
-        """The new scale, the new state, and whether the step is a good one."""
+    def _learn(
+        self, state: ControllerState, found: _Found, steps_per_loss: jax.Array
+    ) -> ControllerState:
+        """Moves the rate towards the step size found, and judges the losses."""
         base, rate = self.controller.rates(state)
-        known = None
-        if batch.value is not None:
-            known = batch.value.astype(rate.dtype)
-            known += batch.decay_loss(batch.params, rate.dtype)
-        interval = jnp.asarray(self.search_interval, jnp.int32)
-        is_due = state.step % interval == 0
-        found = jax.lax.cond(
-            is_due,
-            lambda: self._find(batch, rate, known),
-            lambda: self._rest(rate, known),
-        )
         search: LineSearchState = state.line_search
-        is_found = is_due & found.is_good
         count = search.num_evaluations + found.num_evaluations
+        step_size = found.ratio * rate
+        scale = self._smoothed(rate, found.ratio) / base
         search = search._replace(
-            step_size=jnp.where(is_found, found.ratio * rate, search.step_size),
+            step_size=jnp.where(found.is_search, step_size, search.step_size),
             # The counter stays at its end rather than start again below zero.
             num_evaluations=jnp.where(count < 0, search.num_evaluations, count),
         )
-        # Where losses come with searches only, each stands for the steps between two.
-        steps_per_loss = interval if known is None else 1
-        is_recorded = found.is_good & (is_due if known is None else True)
-        search = self._judge_losses(
-            search, state, found.loss, is_recorded, steps_per_loss
+        return state._replace(
+            scale=jnp.where(found.is_search, scale, state.scale),
+            line_search=self._judge_losses(search, state, found, steps_per_loss),
         )
-        scale = self._smoothed(rate, found.ratio) / base
-        return jnp.where(is_found, scale, state.scale), search, found.is_good
 
     def _judge_losses(
         self,
         search: LineSearchState,
         state: ControllerState,
-        loss: jax.Array,
-        is_recorded: jax.Array,
-        steps_per_loss: jax.typing.ArrayLike,
+        found: _Found,
+        steps_per_loss: jax.Array,
     ) -> LineSearchState:
         """Ends the search where the losses no longer fall."""
         if self.loss_test is None or search.losses is None:
             return search
-        losses = _window.push(search.losses, loss[None], is_recorded)
+        is_new = search.line_search_active & found.has_loss
+        losses = _window.push(search.losses, found.loss[None], is_new)
         num_losses = self.controller.num_kept(losses)
         min_samples = jnp.asarray(self.controller.min_samples, jnp.int32)
-        is_due = is_recorded & (num_losses * steps_per_loss > min_samples)
+        is_due = is_new & (num_losses * steps_per_loss > min_samples)
         step = jnp.asarray(optax.safe_increment(state.step))
         test = functools.partial(run_test, self.loss_test, losses, num_losses)
         result = jax.lax.cond(
             is_due, lambda: test(step, state.num_drops), lambda: search.loss_test
         )
+        ended = is_due & result.stationary
         return search._replace(
-            line_search_active=~(is_due & result.stationary),
+            line_search_active=search.line_search_active & ~ended,
             losses=losses,
             loss_test=result,
         )
@@ -339,6 +353,10 @@ class LineSearch:
         return _Batch(params, grad, along, value_of, known, coupled_decay)
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
+        # As the controller compiles itself: so that only what holds the user's own
+        # function is compiled anew at every step that is not compiled.
+        learn = jax.jit(self._learn)
+
         def update(
             updates: optax.Updates,
             state: ControllerState,
@@ -354,17 +372,21 @@ class LineSearch:
             batch = self._batch(
                 updates, params, grad, value, value_fn, coupled_decay, extra_args
             )
-            scale, search, is_good = jax.lax.cond(
+            rate = self.controller.rates(state)[1]
+            found = jax.lax.cond(
                 state.line_search.line_search_active,
-                lambda: self._search(batch, state),
-                lambda: (state.scale, state.line_search, jnp.ones((), bool)),
+                lambda: self._look(batch, state),
+                lambda: self._rest(rate, None),
             )
+            # Where losses come with searches only, each stands for the steps between.
+            steps_per_loss = self.search_interval if value is None else 1
+            state = learn(state, found, jnp.asarray(steps_per_loss, jnp.int32))
             num_drops = state.num_drops
-            state = state._replace(scale=scale)
             updates, state = self.controller.step(
-                updates, state, params, grad, value, coupled_decay, is_good
+                updates, state, params, grad, value, coupled_decay, found.is_good
             )
             # A drop ends the search.
+            search: LineSearchState = state.line_search
             is_active = search.line_search_active & (state.num_drops == num_drops)
             search = search._replace(line_search_active=is_active)
             return updates, state._replace(line_search=search)
