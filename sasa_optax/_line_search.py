@@ -317,7 +317,8 @@ class LineSearch:
         losses = _window.push(search.losses, found.loss[None], is_new)
         num_losses = self.controller.num_kept(losses)
         min_samples = jnp.asarray(self.controller.min_samples, jnp.int32)
-        is_due = is_new & (num_losses * steps_per_loss > min_samples)
+        is_enough = (num_losses * steps_per_loss > min_samples) & (num_losses >= 4)
+        is_due = is_new & is_enough
         step = jnp.asarray(optax.safe_increment(state.step))
         test = functools.partial(run_test, self.loss_test, losses, num_losses)
         result = jax.lax.cond(
