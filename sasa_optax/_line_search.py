@@ -21,6 +21,11 @@ from sasa_optax._stationarity import SlopeTest, TestResult
 
 _DEFAULT_SMOOTHING = 0.1
 
+_BY_NAME = (
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
+
 _CALL = (
     "`updates, state = optimizer.update(grads, state, params, grad=grads, "
     "value_fn=value_fn)`, where `value_fn(params)` is the loss of this mini-batch."
@@ -111,12 +116,16 @@ def _loss(name: str, value: Any) -> jax.Array:
 def _own_arguments(
     value_fn: Callable[..., Any], extra_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """Those of the extra arguments that ``value_fn`` takes."""
-    parameters = inspect.signature(value_fn).parameters.values()
+    """Those of the extra arguments that ``value_fn`` takes by name."""
+    parameters = list(inspect.signature(value_fn).parameters.values())
+    # The first is for the parameters, whatever its name.
+    by_name = [p for p in parameters[1:] if p.kind in _BY_NAME]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return extra_args
-    names = {p.name for p in parameters}
-    return {name: value for name, value in extra_args.items() if name in names}
+        by_place = {p.name for p in parameters} - {p.name for p in by_name}
+        names = extra_args.keys() - by_place
+    else:
+        names = extra_args.keys() & {p.name for p in by_name}
+    return {name: extra_args[name] for name in names}
 
 
 def _default_smoothing(steps_per_epoch: int | None) -> float:

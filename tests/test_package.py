@@ -81,7 +81,10 @@ def test_type_information_is_shipped() -> None:
     assert (pathlib.Path(sasa_optax.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/calibration.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/calibration.md", "docs/from-statopt.md", "docs/salsa.md"],
+)
 def test_links_within_the_repository_lead_somewhere(name: str) -> None:
     page = _ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
