@@ -1,0 +1,354 @@
+"""Train a small language model on the sources of Python's own standard library.
+
+Compares ways to set the rate of Adam on a GRU (Flax NNX), character by character:
+constant; constant, and cut by reduce_on_stationarity; a cosine schedule whose peak was
+tuned; and SALSA with nothing tuned, its line search on the batch of the step, or on the
+next one. Validates on modules left out of the training. Draws all validation losses,
+and what SALSA did, and why.
+
+    python examples/char_lm.py --steps 1600 --seeds 1 --out demo
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import sasa_optax
+
+# Each a single file in Python 3.11 to 3.14.
+TRAINING = (
+    *("argparse", "ast", "bdb", "calendar", "cmd", "codecs", "configparser"),
+    *("contextlib", "copy", "csv", "dataclasses", "difflib", "dis", "doctest", "enum"),
+    *("fractions", "ftplib", "functools", "gzip", "inspect", "ipaddress", "locale"),
+    *("mailbox", "ntpath", "optparse", "os", "pdb", "pickle", "pickletools"),
+    *("platform", "plistlib", "pydoc", "shutil", "socket", "statistics", "subprocess"),
+    *("tarfile", "threading", "trace", "traceback", "typing", "uuid"),
+)
+HELD_OUT = ("gettext", "heapq", "pstats", "random", "smtplib", "tempfile", "textwrap")
+CONTEXT = 64
+VOCABULARY_SIZE = 97  # printable ASCII, newline, and one for all other characters
+EMBEDDING_SIZE, HIDDEN_SIZE = 64, 128
+
+LEARNING_RATE = 1e-2  # trains fast, and is too high in the end
+COSINE_PEAK = 1e-2  # the best of 3e-3, 5e-3, 1e-2 and 2e-2 at the default steps
+WEIGHT_DECAY = 0.1
+# No test before 800 steps: a window keeps the newest eighth of its samples.
+MIN_SAMPLES, TEST_INTERVAL = 100, 50
+SEARCH_INTERVAL = 5
+RECORD_EVERY = 25
+VALIDATE_EVERY = 100
+
+Array = jax.Array | np.ndarray
+Event = sasa_optax.Drop | sasa_optax.Switch
+
+
+def tokens_of(modules: tuple[str, ...]) -> np.ndarray:
+    """The sources, one after the other, as (n,) uint8."""
+    stdlib = pathlib.Path(sysconfig.get_path("stdlib"))
+    text = b"".join((stdlib / f"{module}.py").read_bytes() for module in modules)
+    table = np.full(256, VOCABULARY_SIZE - 1, np.uint8)
+    table[ord(" ") : ord("~") + 1] = np.arange(95)
+    table[ord("\n")] = 95
+    return table[np.frombuffer(text, np.uint8)]
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """From each start a context, and the character after it."""
+    return tokens[starts[:, None] + np.arange(CONTEXT + 1)]
+
+
+def random_windows(
+    tokens: np.ndarray, num_windows: int, random: np.random.Generator
+) -> np.ndarray:
+    return windows(tokens, random.integers(len(tokens) - CONTEXT, size=num_windows))
+
+
+def validation_windows(num_windows: int = 256) -> np.ndarray:
+    """The same at every run, spread over the held-out modules."""
+    tokens = tokens_of(HELD_OUT)
+    starts = np.linspace(0, len(tokens) - CONTEXT - 1, num_windows)
+    return windows(tokens, starts.astype(int))
+
+
+class LanguageModel(nnx.Module):
+    """A GRU, and the logits of each next character.
+
+    Without dropout, so that the loss is a function of parameters and batch alone.
+    """
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Embed(VOCABULARY_SIZE, EMBEDDING_SIZE, rngs=rngs)
+        cell = nnx.GRUCell(EMBEDDING_SIZE, HIDDEN_SIZE, rngs=rngs)
+        self.gru = nnx.RNN(cell, rngs=rngs)
+        self.logits = nnx.Linear(HIDDEN_SIZE, VOCABULARY_SIZE, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        # nnx.RNN can return its carry, too, which this one does not.
+        hidden = cast(jax.Array, self.gru(self.embedding(tokens)))
+        return self.logits(hidden)
+
+
+def loss_fn(model: LanguageModel, batch: Array) -> jax.Array:
+    """In nats a character."""
+    tokens = jnp.asarray(batch, jnp.int32)
+    logits = model(tokens[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses.mean()
+
+
+@nnx.jit
+def train_step(
+    model: LanguageModel,
+    optimizer: nnx.Optimizer,
+    batch: Array,
+    search_batch: Array | None,
+) -> jax.Array:
+    """A step on ``batch``; a line search is on ``search_batch``, or the same one."""
+    loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+
+    def value_fn(params: nnx.State) -> jax.Array:
+        # nnx.RNN counts the random keys it draws: a copy may, inside of a line search.
+        copied = nnx.merge(graphdef, params, rest, copy=True)
+        return loss_fn(copied, batch if search_batch is None else search_batch)
+
+    # The line search asks for these; all others ignore them. On another batch the loss
+    # is another function, and its value not known yet.
+    optimizer.update(
+        model,
+        grads,
+        grad=grads,
+        value=loss if search_batch is None else None,
+        value_fn=value_fn,
+    )
+    return loss
+
+
+validation_loss = nnx.jit(loss_fn)
+
+
+class Method(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    transformation: optax.GradientTransformation
+    rate: float  # at the end, but for drops
+    has_controller: bool = False
+    searches_next_batch: bool = False
+
+
+def methods(num_steps: int) -> list[Method]:
+    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    reduced = sasa_optax.reduce_on_stationarity(
+        min_samples=MIN_SAMPLES, test_interval=TEST_INTERVAL
+    )
+    cosine = optax.cosine_decay_schedule(COSINE_PEAK, num_steps)
+    # AdamW without its rate, which SALSA finds. The direction it tries is Adam's: the
+    # gradient's scale says nothing about that.
+    salsa = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        sasa_optax.scale_by_salsa(
+            search_direction="update",
+            search_interval=SEARCH_INTERVAL,
+            min_samples=MIN_SAMPLES,
+            test_interval=TEST_INTERVAL,
+        ),
+    )
+    return [
+        Method(f"AdamW, constant {LEARNING_RATE:g}", adamw, LEARNING_RATE),
+        Method(
+            "  + reduce_on_stationarity",
+            optax.chain(adamw, reduced),
+            LEARNING_RATE,
+            has_controller=True,
+        ),
+        Method(
+            f"AdamW, tuned cosine ({COSINE_PEAK:g})",
+            optax.adamw(cosine, weight_decay=WEIGHT_DECAY),
+            0.0,
+        ),
+        Method("Adam + SALSA, nothing tuned", salsa, 0.0, has_controller=True),
+        Method(
+            "  searching on the next batch",
+            salsa,
+            0.0,
+            has_controller=True,
+            searches_next_batch=True,
+        ),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: validation losses by step, and its time."""
+
+    validation: dict[int, float]
+    seconds: float
+    history: sasa_optax.History
+
+    @property
+    def final_loss(self) -> float:
+        return list(self.validation.values())[-1]
+
+
+def train(
+    method: Method,
+    text: np.ndarray,
+    *,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    advance: Callable[[], None],
+    report: Callable[[Event], None],
+) -> Run:
+    """Trains from scratch; keeps a history where there is a controller."""
+    started = time.perf_counter()
+    model = LanguageModel(nnx.Rngs(seed))
+    transformation = optax.with_extra_args_support(method.transformation)
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    step_fn = nnx.cached_partial(train_step, model, optimizer)
+    random, held_out = np.random.default_rng(seed), validation_windows()
+    history, losses, validation = sasa_optax.History(), [], {}
+    batch = random_windows(text, batch_size, random)
+    for step in range(1, num_steps + 1):
+        next_batch = random_windows(text, batch_size, random)
+        search_batch = next_batch if method.searches_next_batch else None
+        losses.append(step_fn(batch, search_batch))
+        batch = next_batch
+        if step % VALIDATE_EVERY == 0 or step == num_steps:
+            validation[step] = validation_loss(model, held_out)
+        if step % RECORD_EVERY == 0 or step == num_steps:
+            if method.has_controller:
+                metrics = sasa_optax.metrics(optimizer.opt_state)
+                event = history.record(metrics, loss=jnp.mean(jnp.stack(losses)))
+                if event is not None:
+                    report(event)
+            losses.clear()
+        advance()
+    validation = {step: float(loss) for step, loss in validation.items()}
+    return Run(validation, time.perf_counter() - started, history)
+
+
+def final_rate(run: Run, rate: float) -> float:
+    """The rate at the end of a run that would have ended at ``rate`` without drops."""
+    if not run.history.rows:
+        return rate
+    last = run.history.rows[-1]
+    return last.get("learning_rate", rate * last["scale"])
+
+
+def evaluations_a_step(run: Run) -> str:
+    """Evaluations of the loss by the line search, while it went on."""
+    if not run.history.rows or "num_evaluations" not in run.history.rows[-1]:
+        return "-"
+    last, switch = run.history.rows[-1], run.history.switch
+    num_steps = last["step"] if switch is None else switch.step
+    return f"{last['num_evaluations'] / num_steps:.2f}"
+
+
+def joined(values: set[str]) -> str:
+    return ", ".join(sorted(values))
+
+
+def summary(method: Method, runs: list[Run]) -> list[str]:
+    """A row of the table: means over the seeds, and how they differ."""
+    losses = [run.final_loss for run in runs]
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    drops = {str(len(run.history.drops)) for run in runs if run.history.rows}
+    return [
+        method.name,
+        f"{statistics.mean(losses):.3f}{spread}",
+        joined({f"{final_rate(run, method.rate):.1g}" for run in runs}),
+        joined(drops) or "-",
+        joined({evaluations_a_step(run) for run in runs}),
+        f"{statistics.mean(run.seconds for run in runs):.0f}",
+    ]
+
+
+def plot_validation(runs: dict[str, Run], path: pathlib.Path) -> None:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for name, run in runs.items():
+        ax.plot(*zip(*run.validation.items(), strict=True), label=name.strip())
+    ax.set(xlabel="step", ylabel="validation loss, nats a character")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-size", type=int, default=16, help="of contexts")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console()
+    text = tokens_of(TRAINING)
+    console.print(
+        f"{len(text)} characters to train on, {args.batch_size * CONTEXT} a step, "
+        f"{args.steps} steps a run, {args.seeds} seeds."
+    )
+    seeds = range(args.seed, args.seed + args.seeds)
+    table = Table(title="Standard library: ways to set the learning rate")
+    headings = ("nats/char", "final rate", "drops", "searched/step", "s a run")
+    table.add_column("optimizer", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    first: dict[str, Run] = {}
+    with Progress(console=console) as progress:
+        total = len(methods(args.steps)) * args.seeds * args.steps
+        task = progress.add_task("training", total=total)
+        for method in methods(args.steps):
+            name = method.name.strip(" +")
+            progress.update(task, description=name)
+            runs = [
+                train(
+                    method,
+                    text,
+                    num_steps=args.steps,
+                    batch_size=args.batch_size,
+                    seed=seed,
+                    advance=lambda: progress.advance(task),
+                    report=lambda event, name=name: console.print(f"{name}, {event}"),
+                )
+                for seed in seeds
+            ]
+            first[method.name] = runs[0]
+            table.add_row(*summary(method, runs))
+    console.print(table)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot_validation(first, args.out / "char_lm.png")
+    # The last one, SALSA's.
+    list(first.values())[-1].history.plot(args.out / "char_lm_salsa.png")
+    console.print(
+        f"All validation losses: {args.out / 'char_lm.png'}; what SALSA did, and why: "
+        f"{args.out / 'char_lm_salsa.png'} (seed {seeds[0]})"
+    )
+
+
+if __name__ == "__main__":
+    main()
