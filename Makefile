@@ -17,7 +17,7 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m ""
 
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS)

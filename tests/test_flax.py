@@ -126,6 +126,7 @@ def _run_example(name: str, *arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.example
 def test_the_digits_example_runs(tmp_path: pathlib.Path) -> None:
     printed = _run_example("digits", "--epochs=10", "--seeds=1", f"--out={tmp_path}")
     assert "SALSA, nothing tuned" in printed
@@ -140,6 +141,7 @@ def _write_idx(path: pathlib.Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=1))
 
 
+@pytest.mark.example
 def test_the_fashion_mnist_example_runs(tmp_path: pathlib.Path) -> None:
     random = np.random.default_rng(0)
     for part, num_images in (("train", 5256), ("t10k", 100)):
@@ -162,6 +164,7 @@ def test_the_fashion_mnist_example_runs(tmp_path: pathlib.Path) -> None:
     assert runs["SALSA, nothing tuned"][0]["test"] > 30
 
 
+@pytest.mark.example
 def test_the_elbo_example_runs(tmp_path: pathlib.Path) -> None:
     printed = _run_example("elbo", "--steps=200", "--seeds=1", f"--out={tmp_path}")
     assert "SALSA, nothing tuned" in printed
@@ -184,6 +187,7 @@ def test_the_gap_of_the_elbo_example_is_evidence_less_elbo() -> None:
     assert abs(evidence - elbos.mean() - problem.gap(params)) < 4 * error + 0.02
 
 
+@pytest.mark.example
 def test_the_language_model_example_runs(tmp_path: pathlib.Path) -> None:
     _run_example("char_lm", "--steps=30", "--seeds=1", f"--out={tmp_path}")
     assert len(list(tmp_path.glob("*.png"))) == 2
