@@ -91,6 +91,17 @@ class _Batch(NamedTuple):
     value: jax.Array | None
     coupled_decay: jax.typing.ArrayLike
 
+    def decayed_grad(self) -> optax.Updates:
+        return add_coupled_decay(self.grad, self.coupled_decay, self.params)
+
+    def descent(self) -> optax.Updates:
+        """What the step size multiplies."""
+        return self.decayed_grad() if self.direction is None else self.direction
+
+    def slope(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Of the loss against the descent, a decrease being positive; shape ()."""
+        return _tree.inner_product(self.decayed_grad(), self.descent(), dtype)
+
     def decay_loss(
         self, params: optax.Params, dtype: jax.typing.DTypeLike
     ) -> jax.typing.ArrayLike:
@@ -188,16 +199,16 @@ class LineSearch:
         )
         return state._replace(line_search=line_search)
 
-    def _find(self, batch: _Batch, rate: jax.Array, known: jax.Array | None) -> _Found:
+    def _find(
+        self, batch: _Batch, rate: jax.Array, known: jax.Array | None, slope: jax.Array
+    ) -> _Found:
         """Tries step sizes from increase_factor * rate down, until one is accepted.
 
         One loop, so that the loss is compiled once: its pass 0 evaluates f(x_k), and is
         left out where that is known; pass n is the n-th trial.
         """
         dtype = rate.dtype
-        grad = add_coupled_decay(batch.grad, batch.coupled_decay, batch.params)
-        descent = grad if batch.direction is None else batch.direction
-        slope = _tree.inner_product(grad, descent, dtype)
+        descent = batch.descent()
         increase = jnp.asarray(self.increase_factor, dtype)
         decrease = jnp.asarray(self.decrease_factor, dtype)
         required = jnp.asarray(self.sufficient_decrease, dtype)
@@ -250,10 +261,15 @@ class LineSearch:
             num_evaluations=trial - first,
         )
 
-    def _rest(self, rate: jax.Array, known: jax.Array | None) -> _Found:
+    def _rest(
+        self,
+        rate: jax.Array,
+        known: jax.Array | None = None,
+        slope: jax.typing.ArrayLike = 0.0,
+    ) -> _Found:
         """In place of `_find`: between two searches, and when they have ended."""
         loss = jnp.zeros_like(rate) if known is None else known
-        is_good = jnp.isfinite(loss)
+        is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
         return _Found(
             is_good=is_good,
             is_search=jnp.zeros((), bool),
@@ -270,11 +286,12 @@ class LineSearch:
         if batch.value is not None:
             known = batch.value.astype(rate.dtype)
             known += batch.decay_loss(batch.params, rate.dtype)
+        slope = batch.slope(rate.dtype)
         is_due = state.step % jnp.asarray(self.search_interval, jnp.int32) == 0
         return jax.lax.cond(
             is_due,
-            lambda: self._find(batch, rate, known),
-            lambda: self._rest(rate, known),
+            lambda: self._find(batch, rate, known, slope),
+            lambda: self._rest(rate, known, slope),
         )
 
     def _smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
@@ -386,7 +403,7 @@ class LineSearch:
             found = jax.lax.cond(
                 state.line_search.line_search_active,
                 lambda: self._look(batch, state),
-                lambda: self._rest(rate, None),
+                lambda: self._rest(rate),
             )
             # Where losses come with searches only, each stands for the steps between.
             steps_per_loss = self.search_interval if value is None else 1
