@@ -106,14 +106,17 @@ def scale_by_ssls(
       ...     optax.scale_by_adam(),
       ...     sasa_optax.scale_by_ssls(search_direction="update"),
       ... )
-      >>> params = jnp.zeros(2)
-      >>> state = optimizer.init(params)
-      >>> for _ in range(200):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     value, grads = jax.value_and_grad(loss)(params)
       ...     updates, state = optimizer.update(
       ...         grads, state, params, value=value, grad=grads, value_fn=loss
       ...     )
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = jnp.zeros(2)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(200):
+      ...     params, state = step(params, state)
       >>> print(params.round(2))
       [3. 3.]
 
@@ -200,15 +203,18 @@ def ssls(
       >>> def loss(x, target):
       ...     return jnp.sum((x - target) ** 2)
       >>> optimizer = sasa_optax.ssls()
-      >>> params = jnp.zeros(2)
-      >>> state = optimizer.init(params)
-      >>> for key in jax.random.split(jax.random.key(0), 200):
+      >>> @jax.jit
+      ... def step(params, state, key):
       ...     target = 3.0 + 0.1 * jax.random.normal(key, (2,))
       ...     value, grads = jax.value_and_grad(loss)(params, target)
       ...     updates, state = optimizer.update(
       ...         grads, state, params, value=value, value_fn=loss, target=target
       ...     )
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = jnp.zeros(2)
+      >>> state = optimizer.init(params)
+      >>> for key in jax.random.split(jax.random.key(0), 200):
+      ...     params, state = step(params, state, key)
       >>> bool(0.1 < optax.tree.get(state, "learning_rate") < 1.0)
       True
 

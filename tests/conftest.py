@@ -22,6 +22,13 @@ hypothesis.settings.register_profile("slow", max_examples=500, **_SHARED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Most of the time goes into compiling: what one process has, the others read."""
+    assert config.cache is not None
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def _enable_x64() -> AbstractContextManager[None]:
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)

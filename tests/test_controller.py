@@ -97,6 +97,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "scale_by_salsa": _with_a_loss(sasa_optax.scale_by_salsa),
 }
 
+
+@functools.cache
+def _small(
+    name: str,
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[..., Any]]:
+    """An optimizer and its compiled update, for the tests that can share them."""
+    optimizer = OPTIMIZERS[name](**_SMALL)
+    return optimizer, jax.jit(optimizer.update)
+
+
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 
@@ -258,12 +268,12 @@ def test_samples_that_are_not_finite_are_counted_and_nothing_else(
     name: str, bad: float
 ) -> None:
     # The square of 1e30 overflows in float32, though the gradient is finite.
-    optimizer = OPTIMIZERS[name](**_SMALL)
+    optimizer, update = _small(name)
     params = jnp.ones(2)
     good = optimizer.init(params)
     for _ in range(6):
-        _, good = optimizer.update(jnp.full(2, 0.1), good, params)
-    _, after = optimizer.update(jnp.full(2, bad), good, params)
+        _, good = update(jnp.full(2, 0.1), good, params)
+    _, after = update(jnp.full(2, bad), good, params)
 
     get = optax.tree.get
     assert int(get(after, "num_nonfinite")) == 1
@@ -285,10 +295,14 @@ def test_a_result_that_is_not_finite_never_fires() -> None:
     chex.assert_tree_all_finite(last)
 
 
-def test_gradients_of_zero_are_no_evidence() -> None:
-    for name, make in OPTIMIZERS.items():
-        *_, last = _states(make(**_SMALL), 20, grad=0.0)
-        assert int(optax.tree.get(last, "num_drops")) == 0, name
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_of_zero_are_no_evidence(name: str) -> None:
+    optimizer, update = _small(name)
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    for _ in range(20):
+        _, state = update(jnp.zeros(2), state, params)
+    assert int(optax.tree.get(state, "num_drops")) == 0
 
 
 def test_a_statistic_and_a_test_of_ones_own() -> None:
@@ -375,16 +389,8 @@ class TestEveryOptimizer:
         state = optimizer.init(PARAMS)
         shapes = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
         chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (PARAMS, state))
-        updates, after = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
-        chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
-        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-        types = [
-            (before.aval.weak_type, leaf.aval.weak_type)
-            for before, leaf in zip(
-                jax.tree.leaves(state), jax.tree.leaves(after), strict=True
-            )
-        ]
-        assert set(types) == {(False, False)}
+        assert not any(leaf.aval.weak_type for leaf in jax.tree.leaves(state))
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(shapes))
 
     def test_every_leaf_has_a_buffer_of_its_own(self, name: str) -> None:
         params = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -412,20 +418,20 @@ class TestEveryOptimizer:
         chex.assert_tree_all_finite((params, state))
 
     def test_scan_equals_a_loop(self, name: str) -> None:
-        optimizer = OPTIMIZERS[name](**_SMALL)
+        optimizer, update = _small(name)
         noise = 0.1 * jax.random.normal(jax.random.key(0), (40, 2))
 
         def step(carry: Any, grads: jax.Array) -> Any:
             params, state = carry
-            updates, state = optimizer.update(grads + 0.1 * params, state, params)
+            updates, state = update(grads + 0.1 * params, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         params = jnp.ones(2)
         start = params, optimizer.init(params)
         scanned, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))(start)
-        jitted, looped = jax.jit(step), start
+        looped = start
         for grads in noise:
-            looped, _ = jitted(looped, grads)
+            looped, _ = step(looped, grads)
         chex.assert_trees_all_close(scanned, looped, rtol=1e-4, atol=1e-5)
         assert int(optax.tree.get(scanned[1], "last_test").step) > 0
 
@@ -436,8 +442,10 @@ class TestEveryOptimizer:
             "complex": jnp.ones(2, jnp.complex64),
         }
         optimizer = OPTIMIZERS[name]()
-        updates, state = optimizer.update(params, optimizer.init(params), params)
+        state = optimizer.init(params)
+        updates, after = jax.eval_shape(optimizer.update, params, state, params)
         chex.assert_trees_all_equal_dtypes(updates, params)
+        chex.assert_trees_all_equal_dtypes(after, state)
         assert optax.tree.get(state, "scale").dtype == jnp.float32
 
     @pytest.mark.usefixtures("x64")
@@ -445,10 +453,10 @@ class TestEveryOptimizer:
         params = {"x": jnp.ones(2, jnp.float64), "y": jnp.ones(2, jnp.float32)}
         optimizer = OPTIMIZERS[name](**_SMALL)
         state = optimizer.init(params)
-        updates, after = optimizer.update(params, state, params)
+        updates, after = jax.eval_shape(optimizer.update, params, state, params)
         chex.assert_trees_all_equal_dtypes(updates, params)
         chex.assert_trees_all_equal_dtypes(after, state)
-        assert optax.tree.get(after, "window").buffer.dtype == jnp.float64
+        assert optax.tree.get(state, "window").buffer.dtype == jnp.float64
 
     def test_without_params_it_says_what_to_call(self, name: str) -> None:
         optimizer = OPTIMIZERS[name]()
@@ -459,13 +467,13 @@ class TestEveryOptimizer:
             optimizer.update(PARAMS, state)
 
     def test_unknown_extra_arguments_are_ignored(self, name: str) -> None:
-        optimizer = OPTIMIZERS[name]()
-        state = optimizer.init(PARAMS)
-        plain = optimizer.update(PARAMS, state, PARAMS)
+        optimizer, update = _small(name)
+        params = jnp.ones(2)
+        state = optimizer.init(params)
         extra = optimizer.update(
-            PARAMS, state, PARAMS, value=1.0, grad=PARAMS, value_fn=print, other="x"
+            params, state, params, value=1.0, grad=params, value_fn=print, other="x"
         )
-        chex.assert_trees_all_equal(plain, extra)
+        chex.assert_trees_all_close(update(params, state, params), extra, rtol=1e-6)
 
     def test_the_state_holds_what_the_contract_names(self, name: str) -> None:
         state = OPTIMIZERS[name]().init(PARAMS)
@@ -477,18 +485,21 @@ class TestEveryOptimizer:
 
     def test_it_survives_inject_hyperparams(self, name: str) -> None:
         make = OPTIMIZERS[name]
-        factory = make.func if isinstance(make, functools.partial) else make
-        args = () if name in ("reduce_on_stationarity", "slope") else (0.25,)
+        factory, keywords = make, {}
+        if isinstance(make, functools.partial):
+            factory, keywords = make.func, make.keywords
+        args = () if name in ("reduce_on_stationarity", "slope") else (1.0,)
         static = ("statistic",) if "plus" in name or "reduce" in name else ()
         injected = optax.inject_hyperparams(factory, static_args=static)(
-            *args, **_SMALL
+            *args, **keywords, **_SMALL
         )
-        plain = factory(*args, **_SMALL)
-        state, expected = injected.init(PARAMS), plain.init(PARAMS)
-        update, reference = jax.jit(injected.update), jax.jit(plain.update)
+        plain, reference = _small(name)
+        params = jnp.ones(2)
+        state, expected = injected.init(params), plain.init(params)
+        update = jax.jit(injected.update)
         for _ in range(8):
-            updates, state = update(PARAMS, state, PARAMS)
-            wanted, expected = reference(PARAMS, expected, PARAMS)
+            updates, state = update(params, state, params)
+            wanted, expected = reference(params, expected, params)
             chex.assert_trees_all_close(updates, wanted, rtol=1e-5)
         chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-5)
         assert int(optax.tree.get(expected, "last_test").step) >= 5
