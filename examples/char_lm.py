@@ -275,7 +275,7 @@ def summary(method: Method, runs: list[Run]) -> list[str]:
     return [
         method.name,
         f"{statistics.mean(losses):.3f}{spread}",
-        joined({f"{final_rate(run, method.rate):.1g}" for run in runs}),
+        joined({f"{final_rate(run, method.rate):.2g}" for run in runs}),
         joined(drops) or "-",
         joined({evaluations_a_step(run) for run in runs}),
         f"{statistics.mean(run.seconds for run in runs):.0f}",
@@ -285,12 +285,15 @@ def summary(method: Method, runs: list[Run]) -> list[str]:
 def plot_validation(runs: dict[str, Run], path: pathlib.Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
-    for name, run in runs.items():
-        steps, losses = zip(*run.validation.items(), strict=True)
-        ax.plot(steps, losses, marker=".", label=name.strip())
     # A run that has diverged would hide how the others differ.
     best = min(run.final_loss for run in runs.values())
-    ax.set(ylim=(0.95 * best, 1.45 * best))
+    bottom, top = 0.95 * best, 1.45 * best
+    for name, run in runs.items():
+        steps, losses = zip(*run.validation.items(), strict=True)
+        is_outside = min(losses) > top
+        note = f" (above {top:.1f} throughout)" if is_outside else ""
+        ax.plot(steps, losses, marker=".", label=name + note)
+    ax.set(ylim=(bottom, top))
     ax.set(xlabel="step", ylabel="validation loss, nats a character")
     ax.legend()
     ax.grid(alpha=0.3)
@@ -319,8 +322,8 @@ def main() -> None:
     table = Table(title="Standard library: ways to set the learning rate")
     table.add_column("optimizer", no_wrap=True)
     # The last but one: of the loss, by the line search, while it went on.
-    for heading in ("nats/char", "final rate", "drops", "evals a step", "s a run"):
-        table.add_column(heading, justify="right")
+    for heading in ("nats/char", "rate", "drops", "evals\na step", "seconds\na run"):
+        table.add_column(heading, justify="right", no_wrap=True)
     first: dict[str, Run] = {}
     with Progress(console=console) as progress:
         total = len(methods(args.steps)) * args.seeds * args.steps

@@ -184,7 +184,7 @@ def summary(name: str, runs: list[Run], rate: float) -> list[str]:
     return [
         name,
         f"{statistics.mean(tests):.2f}{spread}",
-        ", ".join(f"{rate:.1g}" for rate in sorted(rates)),
+        ", ".join(f"{rate:.2g}" for rate in sorted(rates)),
         ", ".join(map(str, sorted(drops))) or "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
     ]

@@ -210,8 +210,8 @@ def summary(name: str, runs: list[Run], uses_history: bool) -> list[str]:
     drops = sorted({len(run.history.drops) for run in runs})
     return [
         name,
-        f"{statistics.median(gaps):.2f} ({min(gaps):.2f} to {max(gaps):.2f})",
-        f"{statistics.median(run.rate for run in runs):.1g}",
+        f"{statistics.median(gaps):.3g} ({min(gaps):.2g} to {max(gaps):.2g})",
+        f"{statistics.median(run.rate for run in runs):.2g}",
         ", ".join(map(str, drops)) if uses_history else "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
     ]
@@ -231,8 +231,9 @@ def main() -> None:
     console = Console()
     problem = draw_problem(0)
     results: dict[str, list[Run]] = {}
-    table = Table("optimizer", "gap, nats", "final rate", "drops", "s a run")
-    table.title = "Negative ELBO: ways to set the learning rate"
+    table = Table(title="Negative ELBO: ways to set the learning rate")
+    for heading in ("optimizer", "gap, nats", "rate", "drops", "s a run"):
+        table.add_column(heading, no_wrap=True)
     with Progress(console=console) as progress:
         total = len(contenders()) * args.seeds * args.steps
         task = progress.add_task("fitting", total=total)

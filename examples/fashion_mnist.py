@@ -324,7 +324,7 @@ def summary(name: str, runs: list[Run]) -> list[str]:
     return [
         name,
         mean_and_spread([run.test for run in runs]),
-        ", ".join(f"{rate:.1g}" for rate in rates),
+        ", ".join(f"{rate:.2g}" for rate in rates),
         ", ".join(map(str, drops)) or "-",
         f"{statistics.mean(evaluations):.2f}" if evaluations else "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
