@@ -204,13 +204,18 @@ def picture(results: dict[str, list[Run]], best: float, path: pathlib.Path) -> N
     figure.savefig(path, dpi=150)
 
 
+def nats(gap: float) -> str:
+    return f"{gap:.{2 if gap < 100 else 0}f}"
+
+
 def summary(name: str, runs: list[Run], uses_history: bool) -> list[str]:
     """A row of the table: medians over the seeds, and the range of the gaps."""
     gaps = [run.gap for run in runs]
     drops = sorted({len(run.history.drops) for run in runs})
     return [
         name,
-        f"{statistics.median(gaps):.3g} ({min(gaps):.2g} to {max(gaps):.2g})",
+        nats(statistics.median(gaps)),
+        f"{nats(min(gaps))} to {nats(max(gaps))}",
         f"{statistics.median(run.rate for run in runs):.2g}",
         ", ".join(map(str, drops)) if uses_history else "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
@@ -232,7 +237,7 @@ def main() -> None:
     problem = draw_problem(0)
     results: dict[str, list[Run]] = {}
     table = Table(title="Negative ELBO: ways to set the learning rate")
-    for heading in ("optimizer", "gap, nats", "rate", "drops", "s a run"):
+    for heading in ("optimizer", "gap, nats", "range", "rate", "drops", "s a run"):
         table.add_column(heading, no_wrap=True)
     with Progress(console=console) as progress:
         total = len(contenders()) * args.seeds * args.steps
