@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -236,8 +237,9 @@ def main() -> None:
     console = Console()
     problem = draw_problem(0)
     results: dict[str, list[Run]] = {}
-    table = Table(title="Negative ELBO: ways to set the learning rate")
-    for heading in ("optimizer", "gap, nats", "range", "rate", "drops", "s a run"):
+    title = "Negative ELBO: nats short of the evidence"
+    table = Table(title=title, pad_edge=False, box=SIMPLE)
+    for heading in ("optimizer", "gap", "range", "rate", "drops", "seconds"):
         table.add_column(heading, no_wrap=True)
     with Progress(console=console) as progress:
         total = len(contenders()) * args.seeds * args.steps
