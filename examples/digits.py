@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -279,9 +280,11 @@ def main() -> None:
         return statistics.mean(run.validation for run in cosines[peak])
 
     best = max(COSINE_PEAKS, key=validation)
-    table = Table(title="Digits: ways to set the learning rate")
-    for column in ("optimizer", "test accuracy, %", "final rate", "drops", "s a run"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    title = "Digits: ways to set the learning rate"
+    table = Table(title=title, pad_edge=False, box=SIMPLE)
+    table.add_column("optimizer", no_wrap=True)
+    for column in ("accuracy, %", "final rate", "drops", "s a run"):
+        table.add_column(column, justify="right")
     rate = LEARNING_RATE
     table.add_row(*summary(f"momentum, constant {rate:g}", constant, rate))
     table.add_row(*summary(f"momentum, tuned cosine ({best:g})", cosines[best], 0.0))
