@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Two workers: what the smallest machines have.
 WORKERS ?= 2
 
-.PHONY: demo test check pytest test-slow test-oldest calibration docs clean
+.PHONY: demo test check pytest matrix test-slow test-oldest calibration docs clean
 
 demo: $(VENV)/.examples  ## Train on real data; ends with a table and a picture.
 	$(BIN)/python examples/digits.py --out demo
@@ -17,7 +17,10 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m ""
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "" --matrix check
+
+matrix: $(VENV)/.dev  ## The table of docs/everywhere.md.
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m environment --matrix write tests
 
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS)

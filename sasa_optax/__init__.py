@@ -32,7 +32,7 @@ from sasa_optax._statistics import (
     yaida_statistic,
 )
 from sasa_optax._student_t import student_t_cdf, student_t_quantile
-from sasa_optax._window import Window
+from sasa_optax._window import Window, resize_window
 
 __version__ = "0.1.0"
 
@@ -61,6 +61,7 @@ __all__ = [
     "metrics",
     "qhm",
     "reduce_on_stationarity",
+    "resize_window",
     "salsa",
     "sasa",
     "sasa_plus",

@@ -92,6 +92,21 @@ def function(name: str, value: Any, signature: str) -> None:
         raise ValueError(f"{name} must be a function {signature}, got {value!r}.")
 
 
+def boolean(name: str, value: Any) -> None:
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if not (isinstance(value, bool) or (is_array and value.dtype == bool)):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def axis_name(name: str, value: Any) -> None:
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(axis, str) for axis in names):
+        raise ValueError(
+            f"{name} must be the name of a mesh axis, a tuple of names, or None, got "
+            f"{value!r}."
+        )
+
+
 def exceeds(name: str, value: Any, other_name: str, other: Any) -> None:
     if any(isinstance(x, Tracer) for x in (value, other)):
         return

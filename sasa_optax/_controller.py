@@ -131,6 +131,8 @@ class Controller:
     warmup_steps: jax.typing.ArrayLike = 0
     max_window: int = 16384
     min_learning_rate: jax.typing.ArrayLike = 0.0
+    scale_min_samples: jax.typing.ArrayLike = False
+    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
@@ -142,6 +144,8 @@ class Controller:
         _checks.integer("warmup_steps", self.warmup_steps, 0)
         _checks.integer("max_window", self.max_window, 5)
         _checks.number("min_learning_rate", self.min_learning_rate, "[0, inf)")
+        _checks.boolean("scale_min_samples", self.scale_min_samples)
+        _checks.axis_name("axis_name", self.axis_name)
         min_samples, test_interval = _defaults(self.steps_per_epoch)
         if self.min_samples is None:
             self.min_samples = min_samples
@@ -204,6 +208,16 @@ class Controller:
     def num_kept(self, window: _window.Window) -> jax.Array:
         return _window.num_kept(window, self.leak_ratio)
 
+    def samples_needed(self, window: _window.Window, num_drops: jax.Array) -> jax.Array:
+        """A test needs more than this; never what the window could not hold."""
+        least = jnp.asarray(self.min_samples, jnp.int32)
+        if isinstance(self.scale_min_samples, bool) and not self.scale_min_samples:
+            return least
+        per_drop = jnp.where(self.scale_min_samples, 1 / self.factor, 1)
+        grown = least * per_drop.astype(jnp.float32) ** num_drops
+        most = jnp.float32(window.buffer.shape[1] - 1)
+        return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
+
     def _judge(
         self, state: ControllerState, is_good: jax.Array
     ) -> tuple[TestResult, jax.Array]:
@@ -212,15 +226,26 @@ class Controller:
         assert state.window is not None
         test, window = self.test, state.window
         num_samples = self.num_kept(window)
-        min_samples = jnp.asarray(self.min_samples, jnp.int32)
         is_testing = state.step % jnp.asarray(self.test_interval, jnp.int32) == 0
-        is_due = is_good & is_testing & (num_samples > min_samples)
+        is_enough = num_samples > self.samples_needed(window, state.num_drops)
+        is_due = is_good & is_testing & is_enough
         result = jax.lax.cond(
             is_due,
             lambda: run_test(test, window, num_samples, state.step, state.num_drops),
             lambda: state.last_test,
         )
         return result, is_due & result.stationary & (state.step > self.warmup_steps)
+
+    def _check_capacity(self, window: _window.Window) -> None:
+        capacity = window.buffer.shape[1]
+        # Traced by optax.inject_hyperparams, after its init had it as it is.
+        is_traced = isinstance(self.max_window, jax.Array)
+        if not is_traced and capacity != self.max_window:
+            raise ValueError(
+                f"The state holds a window of {capacity} samples, but max_window is "
+                f"{self.max_window}: to go on with it, call "
+                f"`state = sasa_optax.resize_window(state, {self.max_window})`."
+            )
 
     def _advance(
         self,
@@ -239,6 +264,7 @@ class Controller:
             num_nonfinite=jnp.where(is_good, state.num_nonfinite, counted),
         )
         if state.window is not None:
+            self._check_capacity(state.window)
             window = _window.push(state.window, row[: self._width], is_good)
             state = state._replace(window=window)
             last_test, fired = self._judge(state, is_good)
@@ -292,6 +318,7 @@ class Controller:
                 grad=add_coupled_decay(grad, coupled_decay, params),
                 learning_rate=rate,
                 value=value,
+                axis_name=self.axis_name,
             )
             row = self._row(transition)
         return updates, self._compiled(state, row, jnp.asarray(is_good), base, rate)

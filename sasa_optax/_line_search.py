@@ -80,6 +80,7 @@ class _Batch(NamedTuple):
       direction: d, what the chain made of it; None where the search does not need it.
       value_fn: the loss as a function of the parameters alone.
       value: f(x_k), shape (), or None where it has to be evaluated.
+      axis_name: of the mesh axes over which the trees are sharded.
       coupled_decay: lambda; the gradient then gets lambda * x_k, and the losses
         (lambda/2) ||x||^2.
     """
@@ -90,6 +91,7 @@ class _Batch(NamedTuple):
     value_fn: Callable[[optax.Params], Any]
     value: jax.Array | None
     coupled_decay: jax.typing.ArrayLike
+    axis_name: _tree.AxisName
 
     def decayed_grad(self) -> optax.Updates:
         return add_coupled_decay(self.grad, self.coupled_decay, self.params)
@@ -100,12 +102,14 @@ class _Batch(NamedTuple):
 
     def slope(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Of the loss against the descent, a decrease being positive; shape ()."""
-        return _tree.inner_product(self.decayed_grad(), self.descent(), dtype)
+        return _tree.inner_product(
+            self.decayed_grad(), self.descent(), dtype, self.axis_name
+        )
 
     def decay_loss(
         self, params: optax.Params, dtype: jax.typing.DTypeLike
     ) -> jax.typing.ArrayLike:
-        return coupled_decay_loss(self.coupled_decay, params, dtype)
+        return coupled_decay_loss(self.coupled_decay, params, dtype, self.axis_name)
 
 
 def _loss(name: str, value: Any) -> jax.Array:
@@ -342,7 +346,7 @@ class LineSearch:
         is_new = search.line_search_active & found.has_loss
         losses = _window.push(search.losses, found.loss[None], is_new)
         num_losses = self.controller.num_kept(losses)
-        min_samples = jnp.asarray(self.controller.min_samples, jnp.int32)
+        min_samples = self.controller.samples_needed(losses, state.num_drops)
         is_enough = (num_losses * steps_per_loss > min_samples) & (num_losses >= 4)
         is_due = is_new & is_enough
         step = jnp.asarray(optax.safe_increment(state.step))
@@ -377,7 +381,8 @@ class LineSearch:
         params, grad, along, known = jax.lax.stop_gradient((params, grad, along, known))
         own_arguments = _own_arguments(value_fn, extra_args)
         value_of = functools.partial(value_fn, **own_arguments)
-        return _Batch(params, grad, along, value_of, known, coupled_decay)
+        axis_name = self.controller.axis_name
+        return _Batch(params, grad, along, value_of, known, coupled_decay, axis_name)
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         # As the controller compiles itself: so that only what holds the user's own

@@ -37,6 +37,9 @@ def qhm_step(
 ) -> tuple[optax.Updates, optax.Updates]:
     """The direction d_k and the trace h_k; ``restart`` forgets h_{k-1} in passing."""
     decay = jnp.where(restart, 0.0, momentum)
+    if isinstance(momentum, int | float) and momentum == 0:
+        # Nothing is remembered: zero times what is not finite would be, too.
+        trace = jax.tree.map(jnp.zeros_like, grads)
     trace = _tree.linear_combination(1 - momentum, grads, decay, trace)
     if isinstance(nu, int | float) and nu == 1:
         # The direction is the trace itself, which is in memory: a statistic that
@@ -61,11 +64,13 @@ def coupled_decay_loss(
     weight_decay: jax.typing.ArrayLike,
     params: optax.Params,
     dtype: jax.typing.DTypeLike,
+    axis_name: _tree.AxisName = None,
 ) -> jax.typing.ArrayLike:
     """(weight_decay/2) ||x||^2, what `add_coupled_decay` adds the gradient of."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return 0.0
-    return jnp.asarray(weight_decay, dtype) / 2 * _tree.squared_norm(params, dtype)
+    squared_norm = _tree.squared_norm(params, dtype, axis_name)
+    return jnp.asarray(weight_decay, dtype) / 2 * squared_norm
 
 
 def scale_by_qhm(

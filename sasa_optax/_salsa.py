@@ -32,6 +32,7 @@ def scale_by_ssls(
     search_interval: jax.typing.ArrayLike = 1,
     max_learning_rate: jax.typing.ArrayLike | None = None,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies a learning rate found by a smoothed stochastic line search.
 
@@ -75,6 +76,8 @@ def scale_by_ssls(
       max_learning_rate: the search goes no higher. Default None: without a bound.
       min_learning_rate: nor lower than this, in [0, inf), unless it started there.
         Default 0.0.
+      axis_name: as in `scale_by_sasa_plus`; the result of ``value_fn`` must be the
+        whole loss there, the same on every device. Default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState` with
@@ -125,7 +128,9 @@ def scale_by_ssls(
       <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
     controller = Controller(
-        learning_rate=learning_rate, min_learning_rate=min_learning_rate
+        learning_rate=learning_rate,
+        min_learning_rate=min_learning_rate,
+        axis_name=axis_name,
     )
     return LineSearch(
         controller=controller,
@@ -158,6 +163,7 @@ def ssls(
     search_interval: jax.typing.ArrayLike = 1,
     max_learning_rate: jax.typing.ArrayLike | None = None,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SSLS: momentum SGD whose rate is found by a smoothed stochastic line search.
 
@@ -187,6 +193,7 @@ def ssls(
       search_interval: default 1.
       max_learning_rate: default None, without a bound.
       min_learning_rate: default 0.0.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`. Its
@@ -234,6 +241,7 @@ def ssls(
         search_interval=search_interval,
         max_learning_rate=max_learning_rate,
         min_learning_rate=min_learning_rate,
+        axis_name=axis_name,
     )
     return with_momentum(search, momentum, nu, weight_decay)
 
@@ -254,6 +262,8 @@ def scale_by_salsa(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
     smoothing: jax.typing.ArrayLike | None = None,
     sufficient_decrease: jax.typing.ArrayLike = 0.05,
     increase_factor: jax.typing.ArrayLike = 2.0,
@@ -302,6 +312,8 @@ def scale_by_salsa(
       search_interval: default 1. Between searches a loss is recorded if ``value`` is
         given; if not, each loss recorded counts for this many.
       max_learning_rate: default None, without a bound.
+      scale_min_samples: default False.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState` with
@@ -347,6 +359,8 @@ def scale_by_salsa(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_learning_rate,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
     )
     return LineSearch(
         controller=controller,
@@ -382,6 +396,8 @@ def salsa(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
     smoothing: jax.typing.ArrayLike | None = None,
     sufficient_decrease: jax.typing.ArrayLike = 0.05,
     increase_factor: jax.typing.ArrayLike = 2.0,
@@ -432,6 +448,8 @@ def salsa(
         clipping, the clipped one.
       search_interval: default 1.
       max_learning_rate: default None, without a bound.
+      scale_min_samples: default False.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`. Its
@@ -482,6 +500,8 @@ def salsa(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_learning_rate,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
         smoothing=smoothing,
         sufficient_decrease=sufficient_decrease,
         increase_factor=increase_factor,

@@ -66,6 +66,8 @@ def scale_by_sasa_plus(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies a learning rate that drops when the dynamics are stationary.
 
@@ -114,6 +116,13 @@ def scale_by_sasa_plus(
         sample, 8 for the equivalence test. Default 16384.
       min_learning_rate: the rate never drops below this, in [0, inf). At it, the test
         goes on, and fires without effect. Default 0.0.
+      scale_min_samples: after each drop ``min_samples`` grows by 1/factor, up to what
+        ``max_window`` can hold: at a rate ten times smaller the dynamics need ten times
+        the steps to become stationary. Default False, as in the papers.
+      axis_name: inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
+        the parameters are sharded: the statistic is then summed over it, by one
+        all-reduce. Not needed under jit, nor where parameters are replicated. Default
+        None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState`. Its
@@ -156,6 +165,8 @@ def scale_by_sasa_plus(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_learning_rate,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
     )
     return controller.transformation()
 
@@ -179,6 +190,8 @@ def sasa_plus(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SASA+: momentum SGD that cuts its learning rate when progress has stopped.
 
@@ -209,6 +222,8 @@ def sasa_plus(
       warmup_steps: default 0.
       max_window: default 16384.
       min_learning_rate: default 0.0.
+      scale_min_samples: default False.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`; its
@@ -255,6 +270,8 @@ def sasa_plus(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_learning_rate,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
     )
     return with_momentum(controller, momentum, nu, weight_decay)
 
@@ -275,6 +292,8 @@ def sasa(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SASA: momentum SGD whose rate drops on positive evidence of stationarity.
 
@@ -310,6 +329,8 @@ def sasa(
       test_interval: default 100.
       warmup_steps: default 0.
       min_learning_rate: default 0.0.
+      scale_min_samples: default False.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`; its
@@ -348,6 +369,8 @@ def sasa(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_learning_rate,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
     )
     return with_momentum(controller.transformation(), momentum, 1.0, weight_decay)
 
@@ -367,6 +390,8 @@ def reduce_on_stationarity(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_scale: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales another optimizer's updates down when its dynamics are stationary.
 
@@ -391,6 +416,8 @@ def reduce_on_stationarity(
       warmup_steps: default 0.
       max_window: default 16384.
       min_scale: the scale never drops below this, in [0, 1]. Default 0.0.
+      scale_min_samples: default False.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState` with
@@ -432,6 +459,8 @@ def reduce_on_stationarity(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_scale,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
     )
 
     def init(params: optax.Params) -> ControllerState:

@@ -25,6 +25,8 @@ def slope(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
+    scale_min_samples: jax.typing.ArrayLike = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SLOPE: momentum SGD whose rate drops when the mini-batch loss stops falling.
 
@@ -61,6 +63,8 @@ def slope(
       warmup_steps: default 0.
       max_window: default 16384.
       min_learning_rate: default 0.0.
+      scale_min_samples: default False.
+      axis_name: default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`; its
@@ -97,5 +101,7 @@ def slope(
         warmup_steps=warmup_steps,
         max_window=max_window,
         min_learning_rate=min_learning_rate,
+        scale_min_samples=scale_min_samples,
+        axis_name=axis_name,
     )
     return with_momentum(controller.transformation(), momentum, nu, weight_decay)

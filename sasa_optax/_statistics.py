@@ -27,6 +27,8 @@ class Transition(NamedTuple):
       learning_rate: the rate of this step, shape (), in the dtype of statistics:
         float64 if a parameter is double precision, else float32.
       value: the extra argument ``value`` of ``update`` (the loss), or None.
+      axis_name: of the mesh axes over which the trees are sharded, inside
+        `jax.shard_map`; the methods here sum over them.
     """
 
     params: optax.Params
@@ -35,14 +37,21 @@ class Transition(NamedTuple):
     grad: optax.Updates
     learning_rate: jax.Array
     value: jax.typing.ArrayLike | None
+    axis_name: str | tuple[str, ...] | None = None
+
+    def inner_products(
+        self, *pairs: tuple[optax.Params, optax.Params]
+    ) -> list[jax.Array]:
+        """`inner_product` of each pair, by one collective where one is needed."""
+        return _tree.inner_products(pairs, self.learning_rate.dtype, self.axis_name)
 
     def inner_product(self, x: optax.Params, y: optax.Params) -> jax.Array:
         """The real part of <x, y>, summed over all leaves in the statistic's dtype."""
-        return _tree.inner_product(x, y, self.learning_rate.dtype)
+        return self.inner_products((x, y))[0]
 
     def squared_norm(self, x: optax.Params) -> jax.Array:
         """||x||^2, summed over all leaves in the statistic's dtype."""
-        return _tree.squared_norm(x, self.learning_rate.dtype)
+        return self.inner_product(x, x)
 
 
 class Sample(NamedTuple):
@@ -69,8 +78,11 @@ def master_statistic(transition: Transition) -> Sample:
     is v_k = (alpha/2) ||d_k||^2.
     """
     t = transition
-    half_step = t.learning_rate / 2 * t.squared_norm(t.direction)
-    return Sample(t.inner_product(t.new_params, t.direction) + half_step, half_step)
+    x_dot_d, d_dot_d = t.inner_products(
+        (t.new_params, t.direction), (t.direction, t.direction)
+    )
+    half_step = t.learning_rate / 2 * d_dot_d
+    return Sample(x_dot_d + half_step, half_step)
 
 
 def yaida_statistic(momentum: jax.typing.ArrayLike = 0.9) -> Statistic:
@@ -88,10 +100,12 @@ def yaida_statistic(momentum: jax.typing.ArrayLike = 0.9) -> Statistic:
     def statistic(transition: Transition) -> Sample:
         t = transition
         dissipation = (1 + momentum) / (1 - momentum)
-        v = dissipation * t.learning_rate / 2 * t.squared_norm(t.direction)
+        new_x_dot_g, d_dot_g, d_dot_d = t.inner_products(
+            (t.new_params, t.grad), (t.direction, t.grad), (t.direction, t.direction)
+        )
+        v = dissipation * t.learning_rate / 2 * d_dot_d
         # <x_k, g_k>, without reading the x_k that x_{k+1} is about to overwrite.
-        x_dot_g = t.inner_product(t.new_params, t.grad)
-        x_dot_g += t.learning_rate * t.inner_product(t.direction, t.grad)
+        x_dot_g = new_x_dot_g + t.learning_rate * d_dot_g
         return Sample(x_dot_g - v, v)
 
     return statistic

@@ -2,13 +2,17 @@
 
 import importlib
 import os
+import pathlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+NUM_DEVICES = 8
 
 # Our fixtures set up nothing that one example could leave behind for the next.
 _SHARED = {
@@ -27,6 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
     assert config.cache is not None
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    action = config.getoption("matrix")
+    if action is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Matrix(action))
 
 
 def _enable_x64() -> AbstractContextManager[None]:
@@ -49,3 +57,73 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
     if request.param == "float64":
         request.getfixturevalue("x64")
     return np.dtype(request.param)
+
+
+# The table of docs/everywhere.md, made from the tests that are marked as an environment.
+
+_PAGE = pathlib.Path(__file__).parent.parent / "docs" / "everywhere.md"
+_START = "<!-- From here on written by `make matrix`, from the tests. -->\n"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix",
+        choices=("write", "check"),
+        help="what a run of all tests does with the table of docs/everywhere.md",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tells each report which cells of the table its test fills."""
+    for item in items:
+        marker = item.get_closest_marker("environment")
+        if marker is not None:
+            group, environment, *names = marker.args
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            names = names or [params["name"]]
+            item.user_properties.append(("cells", [group, environment, names]))
+
+
+class _Matrix:
+    """Gathers the outcomes, in the process that all workers report to."""
+
+    def __init__(self, action: str) -> None:
+        self.action = action
+        # Whether all passed, by group, environment and optimizer.
+        self.passed: dict[str, dict[str, dict[str, bool]]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for group, environment, names in dict(report.user_properties).values():
+            row = self.passed.setdefault(group, {}).setdefault(environment, {})
+            for name in names:
+                row[name] = row.get(name, True) and report.outcome == "passed"
+
+    def table(self) -> str:
+        # Its arrays may come only after the number of devices is set.
+        from optimizers import ALL
+
+        lines = []
+        for group in sorted(self.passed):
+            lines += [f"## {group}", ""]
+            lines += ["| | " + " | ".join(f"`{name}`" for name in ALL) + " |"]
+            lines += ["| --- |" + " :-: |" * len(ALL)]
+            for environment, row in sorted(self.passed[group].items()):
+                marks = {True: "✓", False: "**fails**", None: ""}
+                cells = [marks[row.get(name)] for name in ALL]
+                lines += [f"| {environment} | " + " | ".join(cells) + " |"]
+            lines += [""]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        intro, _, table = _PAGE.read_text().partition(_START)
+        if self.action == "write":
+            _PAGE.write_text(intro + _START + "\n" + self.table())
+        elif table.strip() != self.table().strip():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        _, _, table = _PAGE.read_text().partition(_START)
+        if table.strip() != self.table().strip():
+            terminalreporter.write_line(
+                "docs/everywhere.md does not say what the tests do: run `make matrix`."
+            )

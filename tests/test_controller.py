@@ -12,102 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers import OPTIMIZERS, PARAMS, SMALL, small
 
 import sasa_optax
-
-# Small enough that a test comes within a few steps.
-_SMALL: dict[str, Any] = {
-    "min_samples": 4,
-    "test_interval": 1,
-    "leak_ratio": 1,
-    "max_window": 32,
-}
-
-
-def _slope(
-    min_samples: int | None = None,
-    test_interval: int | None = None,
-    leak_ratio: int = 8,
-    max_window: int = 16384,
-) -> optax.GradientTransformationExtraArgs:
-    """SLOPE with a loss of its own, for tests that treat all optimizers alike."""
-    optimizer = sasa_optax.slope(
-        1.0,
-        min_samples=min_samples,
-        test_interval=test_interval,
-        leak_ratio=leak_ratio,
-        max_window=max_window,
-    )
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        squares = [jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(updates)]
-        loss = sum(square.astype(jnp.float32) for square in squares)
-        extra_args["value"] = loss
-        return optimizer.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def _with_a_loss(
-    make: Callable[..., optax.GradientTransformationExtraArgs],
-) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """SALSA with a loss of its own, likewise."""
-
-    def loss(params: Any) -> jax.Array:
-        squares = [jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(params)]
-        return sum(square.astype(jnp.float32) for square in squares)
-
-    def made(
-        learning_rate: float = 1.0,
-        min_samples: int | None = None,
-        test_interval: int | None = None,
-        leak_ratio: int = 8,
-        max_window: int = 16384,
-    ) -> optax.GradientTransformationExtraArgs:
-        optimizer = make(
-            learning_rate,
-            min_samples=min_samples,
-            test_interval=test_interval,
-            leak_ratio=leak_ratio,
-            max_window=max_window,
-        )
-
-        def update(
-            updates: Any, state: Any, params: Any = None, **extra_args: Any
-        ) -> Any:
-            extra_args |= {"grad": updates, "value": None, "value_fn": loss}
-            return optimizer.update(updates, state, params, **extra_args)
-
-        return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-    return made
-
-
-# Each public optimizer, ready to use, with its parameters' learning rate of one.
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    "sasa": functools.partial(sasa_optax.sasa, 1.0),
-    "sasa_plus": functools.partial(sasa_optax.sasa_plus, 1.0),
-    "sasa_plus_equivalence": functools.partial(
-        sasa_optax.sasa_plus, 1.0, nu=0.5, weight_decay=0.1, test="equivalence"
-    ),
-    "scale_by_sasa_plus": functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
-    "reduce_on_stationarity": sasa_optax.reduce_on_stationarity,
-    "slope": _slope,
-    "salsa": _with_a_loss(sasa_optax.salsa),
-    "scale_by_salsa": _with_a_loss(sasa_optax.scale_by_salsa),
-}
-
-
-@functools.cache
-def _small(
-    name: str,
-) -> tuple[optax.GradientTransformationExtraArgs, Callable[..., Any]]:
-    """An optimizer and its compiled update, for the tests that can share them."""
-    optimizer = OPTIMIZERS[name](**_SMALL)
-    return optimizer, jax.jit(optimizer.update)
-
-
-PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 
 def always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
@@ -168,7 +75,7 @@ def test_drops_come_exactly_when_the_rule_says(
 
 def test_before_the_end_of_warmup_a_test_is_noted_but_not_acted_on() -> None:
     optimizer = sasa_optax.scale_by_sasa_plus(
-        0.5, test=always_stationary, **_SMALL | {"warmup_steps": 8}
+        0.5, test=always_stationary, **SMALL | {"warmup_steps": 8}
     )
     *_, last = _states(optimizer, 8)
     assert bool(last.last_test.stationary)
@@ -179,7 +86,7 @@ def test_before_the_end_of_warmup_a_test_is_noted_but_not_acted_on() -> None:
 
 def test_a_drop_cuts_the_rate_and_empties_the_window() -> None:
     optimizer = sasa_optax.scale_by_sasa_plus(
-        0.5, test=always_stationary, factor=0.25, **_SMALL
+        0.5, test=always_stationary, factor=0.25, **SMALL
     )
     before, after, restarted = list(_states(optimizer, 6))[3:]
     assert float(before.learning_rate) == 0.5
@@ -190,7 +97,7 @@ def test_a_drop_cuts_the_rate_and_empties_the_window() -> None:
 
 
 def test_the_new_rate_serves_the_next_step() -> None:
-    optimizer = sasa_optax.scale_by_sasa_plus(1.0, test=always_stationary, **_SMALL)
+    optimizer = sasa_optax.scale_by_sasa_plus(1.0, test=always_stationary, **SMALL)
     params = jnp.ones(2)
     state, grads, moves = optimizer.init(params), jnp.ones(2), []
     for _ in range(6):
@@ -202,7 +109,7 @@ def test_the_new_rate_serves_the_next_step() -> None:
 @pytest.mark.parametrize("name", ["sasa", "sasa_plus"])
 def test_momentum_starts_afresh_after_a_drop(name: str) -> None:
     beta = 0.9
-    optimizer = getattr(sasa_optax, name)(1.0, momentum=beta, **_SMALL)
+    optimizer = getattr(sasa_optax, name)(1.0, momentum=beta, **SMALL)
     grads = jnp.array([1.0, -2.0])
     state = optimizer.init(jnp.ones(2))
     for _ in range(3):
@@ -216,7 +123,7 @@ def test_momentum_starts_afresh_after_a_drop(name: str) -> None:
 
 def test_at_the_floor_nothing_drops_any_more() -> None:
     optimizer = sasa_optax.scale_by_sasa_plus(
-        0.5, test=always_stationary, min_learning_rate=0.02, **_SMALL
+        0.5, test=always_stationary, min_learning_rate=0.02, **SMALL
     )
     states = list(_states(optimizer, 40))
     rates = [float(state.learning_rate) for state in states]
@@ -229,7 +136,7 @@ def test_at_the_floor_nothing_drops_any_more() -> None:
 
 def test_min_scale_is_the_floor_of_the_scale() -> None:
     optimizer = sasa_optax.reduce_on_stationarity(
-        test=always_stationary, min_scale=0.05, **_SMALL
+        test=always_stationary, min_scale=0.05, **SMALL
     )
     scales = [float(state.scale) for state in _states(optimizer, 20)]
     assert sorted(set(scales)) == pytest.approx([0.05, 0.1, 1.0])
@@ -244,7 +151,7 @@ def test_a_schedule_is_scaled_by_the_drops_and_may_go_below_the_floor() -> None:
         min_learning_rate=0.3,
         factor=0.5,
         warmup_steps=11,
-        **_SMALL,
+        **SMALL,
     )
     states = list(_states(optimizer, 20))
     rates = [float(state.learning_rate) for state in states]
@@ -268,7 +175,7 @@ def test_samples_that_are_not_finite_are_counted_and_nothing_else(
     name: str, bad: float
 ) -> None:
     # The square of 1e30 overflows in float32, though the gradient is finite.
-    optimizer, update = _small(name)
+    optimizer, update = small(name)
     params = jnp.ones(2)
     good = optimizer.init(params)
     for _ in range(6):
@@ -288,7 +195,7 @@ def test_a_result_that_is_not_finite_never_fires() -> None:
     def broken(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
         return sasa_optax.TestResult(mean=jnp.nan, upper=jnp.inf, stationary=True)
 
-    optimizer = sasa_optax.scale_by_sasa_plus(0.5, test=broken, **_SMALL)
+    optimizer = sasa_optax.scale_by_sasa_plus(0.5, test=broken, **SMALL)
     *_, last = _states(optimizer, 10)
     assert int(last.last_test.step) == 10
     assert int(last.num_drops) == 0
@@ -297,7 +204,7 @@ def test_a_result_that_is_not_finite_never_fires() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_of_zero_are_no_evidence(name: str) -> None:
-    optimizer, update = _small(name)
+    optimizer, update = small(name)
     params = jnp.ones(2)
     state = optimizer.init(params)
     for _ in range(20):
@@ -314,7 +221,7 @@ def test_a_statistic_and_a_test_of_ones_own() -> None:
         return sasa_optax.TestResult(mean=mean, stationary=mean < 1.0)
 
     optimizer = sasa_optax.sasa_plus(
-        0.5, statistic=gradient_norm, test=small_on_average, **_SMALL
+        0.5, statistic=gradient_norm, test=small_on_average, **SMALL
     )
     shrinking = list(_states(optimizer, 30, lambda k: 3.0 / k))
     means = [float(optax.tree.get(state, "last_test").mean) for state in shrinking]
@@ -339,7 +246,7 @@ def test_slope_records_the_loss_with_its_weight_decay(dtype: Any) -> None:
 
 
 def test_slope_drops_on_a_loss_that_stopped_falling_not_on_one_that_falls() -> None:
-    optimizer = sasa_optax.slope(1.0, **_SMALL | {"min_samples": 20})
+    optimizer = sasa_optax.slope(1.0, **SMALL | {"min_samples": 20})
     noise = jax.random.normal(jax.random.key(0), (30,))
     update = jax.jit(optimizer.update)
 
@@ -385,7 +292,7 @@ def test_statistics_can_read_the_value_and_the_gradient() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 class TestEveryOptimizer:
     def test_types_and_shapes_never_change(self, name: str) -> None:
-        optimizer = OPTIMIZERS[name](**_SMALL)
+        optimizer = OPTIMIZERS[name](**SMALL)
         state = optimizer.init(PARAMS)
         shapes = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
         chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (PARAMS, state))
@@ -400,7 +307,7 @@ class TestEveryOptimizer:
             assert len(pointers) == len(leaves)
 
     def test_params_and_state_can_be_donated(self, name: str) -> None:
-        optimizer = OPTIMIZERS[name](**_SMALL)
+        optimizer = OPTIMIZERS[name](**SMALL)
         chex.clear_trace_counter()
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -418,7 +325,7 @@ class TestEveryOptimizer:
         chex.assert_tree_all_finite((params, state))
 
     def test_scan_equals_a_loop(self, name: str) -> None:
-        optimizer, update = _small(name)
+        optimizer, update = small(name)
         noise = 0.1 * jax.random.normal(jax.random.key(0), (40, 2))
 
         def step(carry: Any, grads: jax.Array) -> Any:
@@ -451,7 +358,7 @@ class TestEveryOptimizer:
     @pytest.mark.usefixtures("x64")
     def test_double_precision_is_kept(self, name: str) -> None:
         params = {"x": jnp.ones(2, jnp.float64), "y": jnp.ones(2, jnp.float32)}
-        optimizer = OPTIMIZERS[name](**_SMALL)
+        optimizer = OPTIMIZERS[name](**SMALL)
         state = optimizer.init(params)
         updates, after = jax.eval_shape(optimizer.update, params, state, params)
         chex.assert_trees_all_equal_dtypes(updates, params)
@@ -467,7 +374,7 @@ class TestEveryOptimizer:
             optimizer.update(PARAMS, state)
 
     def test_unknown_extra_arguments_are_ignored(self, name: str) -> None:
-        optimizer, update = _small(name)
+        optimizer, update = small(name)
         params = jnp.ones(2)
         state = optimizer.init(params)
         extra = optimizer.update(
@@ -491,9 +398,9 @@ class TestEveryOptimizer:
         args = () if name in ("reduce_on_stationarity", "slope") else (1.0,)
         static = ("statistic",) if "plus" in name or "reduce" in name else ()
         injected = optax.inject_hyperparams(factory, static_args=static)(
-            *args, **keywords, **_SMALL
+            *args, **keywords, **SMALL
         )
-        plain, reference = _small(name)
+        plain, reference = small(name)
         params = jnp.ones(2)
         state, expected = injected.init(params), plain.init(params)
         update = jax.jit(injected.update)

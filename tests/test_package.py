@@ -44,7 +44,8 @@ import sys, jax, optax, numpy
 before = set(sys.modules)
 import sasa_optax
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(*sorted(new - {"sasa_optax"} - set(sys.stdlib_module_names)))
+new -= {"sasa_optax", "jax", "optax", "numpy"}
+print(*sorted(new - set(sys.stdlib_module_names)))
 """
     run = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True

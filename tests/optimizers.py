@@ -1,0 +1,136 @@
+"""Every public optimizer, ready for tests that treat them all alike."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sasa_optax
+
+Optimizer = optax.GradientTransformationExtraArgs
+
+# Small enough that a test comes within a few steps.
+SMALL: dict[str, Any] = {
+    "min_samples": 4,
+    "test_interval": 1,
+    "leak_ratio": 1,
+    "max_window": 32,
+}
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
+
+
+def squares(tree: Any) -> jax.Array:
+    """The squared norm, a loss for any parameters; shape (), float32 at least."""
+    leaves = [jnp.abs(x) for x in jax.tree.leaves(tree)]
+    parts = [
+        jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2) for x in leaves
+    ]
+    return sum(parts, jnp.zeros((), jnp.float32))
+
+
+def _slope(
+    learning_rate: float = 1.0,
+    min_samples: int | None = None,
+    test_interval: int | None = None,
+    leak_ratio: int = 8,
+    max_window: int = 16384,
+    axis_name: str | None = None,
+) -> Optimizer:
+    """SLOPE with a loss of its own, that of the gradients, bad where they are."""
+    optimizer = sasa_optax.slope(
+        learning_rate,
+        min_samples=min_samples,
+        test_interval=test_interval,
+        leak_ratio=leak_ratio,
+        max_window=max_window,
+        axis_name=axis_name,
+    )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        extra_args["value"] = squares(updates)
+        return optimizer.update(updates, state, params, **extra_args)
+
+    return Optimizer(optimizer.init, update)
+
+
+def _searching(optimizer: Optimizer) -> Optimizer:
+    """A line search with a loss of its own, that of the parameters."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        extra_args |= {"grad": updates, "value": None, "value_fn": squares}
+        return optimizer.update(updates, state, params, **extra_args)
+
+    return Optimizer(optimizer.init, update)
+
+
+def _salsa(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    def made(
+        learning_rate: float = 1.0,
+        min_samples: int | None = None,
+        test_interval: int | None = None,
+        leak_ratio: int = 8,
+        max_window: int = 16384,
+        axis_name: str | None = None,
+    ) -> Optimizer:
+        return _searching(
+            make(
+                learning_rate,
+                min_samples=min_samples,
+                test_interval=test_interval,
+                leak_ratio=leak_ratio,
+                max_window=max_window,
+                axis_name=axis_name,
+            )
+        )
+
+    return made
+
+
+def _windowless(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """One that has no use for the arguments in `SMALL`."""
+
+    def made(**arguments: Any) -> Optimizer:
+        kept = {name: x for name, x in arguments.items() if name not in SMALL}
+        return make(1.0, **kept)
+
+    return made
+
+
+# Those that test for stationarity, their rate one where they have one.
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sasa": functools.partial(sasa_optax.sasa, 1.0),
+    "sasa_plus": functools.partial(sasa_optax.sasa_plus, 1.0),
+    "sasa_plus_equivalence": functools.partial(
+        sasa_optax.sasa_plus, 1.0, nu=0.5, weight_decay=0.1, test="equivalence"
+    ),
+    "scale_by_sasa_plus": functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
+    "reduce_on_stationarity": sasa_optax.reduce_on_stationarity,
+    "slope": _slope,
+    "salsa": _salsa(sasa_optax.salsa),
+    "scale_by_salsa": _salsa(sasa_optax.scale_by_salsa),
+}
+
+
+def _qhm(learning_rate: float, **arguments: Any) -> Optimizer:
+    optimizer = sasa_optax.qhm(learning_rate, weight_decay=0.1, **arguments)
+    return optax.with_extra_args_support(optimizer)
+
+
+ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {
+    "ssls": _windowless(lambda *args, **kw: _searching(sasa_optax.ssls(*args, **kw))),
+    "scale_by_ssls": _windowless(
+        lambda *args, **kw: _searching(sasa_optax.scale_by_ssls(*args, **kw))
+    ),
+    "qhm": _windowless(_qhm),
+}
+
+
+@functools.cache
+def small(name: str) -> tuple[Optimizer, Callable[..., Any]]:
+    """An optimizer and its compiled update, for the tests that can share them."""
+    optimizer = ALL[name](**SMALL)
+    return optimizer, jax.jit(optimizer.update)
