@@ -59,7 +59,7 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
     return np.dtype(request.param)
 
 
-# The table of docs/everywhere.md, made from the tests that are marked as an environment.
+# The table of docs/everywhere.md, made from the tests marked as an environment.
 
 _PAGE = pathlib.Path(__file__).parent.parent / "docs" / "everywhere.md"
 _START = "<!-- From here on written by `make matrix`, from the tests. -->\n"

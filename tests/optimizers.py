@@ -25,10 +25,12 @@ PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 def squares(tree: Any) -> jax.Array:
     """The squared norm, a loss for any parameters; shape (), float32 at least."""
-    leaves = [jnp.abs(x) for x in jax.tree.leaves(tree)]
-    parts = [
-        jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2) for x in leaves
-    ]
+
+    def part(x: jax.Array) -> jax.Array:
+        wide = jnp.abs(x).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32))
+        return jnp.sum(wide**2)
+
+    parts = [part(x) for x in jax.tree.leaves(tree)]
     return sum(parts, jnp.zeros((), jnp.float32))
 
 
