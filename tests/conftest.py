@@ -76,8 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tells each report which cells of the table its test fills."""
     for item in items:
-        marker = item.get_closest_marker("environment")
-        if marker is not None:
+        for marker in item.iter_markers("environment"):
             group, environment, *names = marker.args
             params = item.callspec.params if hasattr(item, "callspec") else {}
             names = names or [params["name"]]
@@ -93,7 +92,7 @@ class _Matrix:
         self.passed: dict[str, dict[str, dict[str, bool]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for group, environment, names in dict(report.user_properties).values():
+        for _, (group, environment, names) in report.user_properties:
             row = self.passed.setdefault(group, {}).setdefault(environment, {})
             for name in names:
                 row[name] = row.get(name, True) and report.outcome == "passed"
