@@ -1,0 +1,195 @@
+"""Whatever comes: random arguments, trees and steps, good and bad.
+
+The arguments are traced, so that all examples of a tree share one compilation. What the
+window and the rate must be is counted in plain Python.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optimizers import SMALL, squares
+
+import sasa_optax
+
+_STEPS = 60
+_CAPACITY = SMALL["max_window"]
+_TREES: dict[str, Any] = {
+    "single": np.ones(3, np.float32),
+    "half": {"a": np.ones((2, 2), jnp.bfloat16), "b": np.ones((), np.float16)},
+    "mixed": [np.ones(2, np.float32), (), {"c": np.ones(2, np.complex64)}, None],
+    "double": (np.ones(2, np.float64), np.ones((0, 2), np.float32)),
+}
+_FALLING = [
+    "sasa",
+    "sasa_plus",
+    "slope",
+    "scale_by_sasa_plus",
+    "reduce_on_stationarity",
+]
+_environment = pytest.mark.environment
+
+arguments = st.fixed_dictionaries(
+    {
+        "factor": st.sampled_from([0.1, 0.5, 0.9]),
+        "leak_ratio": st.integers(1, 10),
+        "min_samples": st.integers(4, 20),
+        "test_interval": st.integers(1, 7),
+        "warmup_steps": st.integers(0, 30),
+        "floor": st.sampled_from([0.0, 1e-3, 0.3, 1.0]),
+        "significance": st.sampled_from([0.01, 0.2, 0.9]),
+        "scale_min_samples": st.booleans(),
+    }
+)
+# At each step: a good one, or what its gradients are filled with.
+steps = st.lists(
+    st.sampled_from([None] * 8 + [np.nan, np.inf, -np.inf, 0.0, 1e30]),
+    min_size=_STEPS,
+    max_size=_STEPS,
+)
+
+
+def _optimizer(name: str, arguments: dict[str, Any]) -> Any:
+    arguments = dict(arguments)
+    floor = arguments.pop("floor")
+    if name == "ssls":
+        return sasa_optax.ssls(1.0, min_learning_rate=floor)
+    arguments |= {"max_window": _CAPACITY}
+    if name == "reduce_on_stationarity":
+        return sasa_optax.reduce_on_stationarity(min_scale=floor, **arguments)
+    return getattr(sasa_optax, name)(1.0, min_learning_rate=floor, **arguments)
+
+
+def _update(optimizer: Any, grads: Any, state: Any, params: Any) -> Any:
+    return optimizer.update(
+        grads, state, params, value=squares(grads), grad=grads, value_fn=squares
+    )
+
+
+@functools.cache
+def _runs(name: str) -> Callable[..., Any]:
+    """From traced arguments to the updates and the state after each step."""
+
+    @jax.jit
+    def run(arguments: Any, params: Any, seed: Any, fills: Any, is_bad: Any) -> Any:
+        optimizer = _optimizer(name, arguments)
+
+        def step(carry: Any, x: Any) -> Any:
+            params, state = carry
+            key, fill, is_bad = x
+            grads = jax.tree.map(
+                lambda p: jnp.where(
+                    is_bad, fill, jax.random.normal(key, p.shape) + 0.1 * p.real
+                ).astype(p.dtype),
+                params,
+            )
+            updates, state = _update(optimizer, grads, state, params)
+            # A bad step moves nothing, as under optax.apply_if_finite.
+            moved = optax.apply_updates(params, updates)
+            params = jax.tree.map(
+                lambda new, old: jnp.where(is_bad, old, new), moved, params
+            )
+            return (params, state), (updates, state)
+
+        keys = jax.random.split(jax.random.key(seed), _STEPS)
+        start = params, optimizer.init(params)
+        return start[1], jax.lax.scan(step, start, (keys, fills, is_bad))[1]
+
+    return run
+
+
+def _history(name: str, kind: str, arguments: Any, fills: Any, seed: int) -> Any:
+    params = jax.tree.map(jnp.asarray, _TREES[kind])
+    is_bad = np.array([fill is not None for fill in fills])
+    numbers = np.array([fill or 0.0 for fill in fills], np.float32)
+    first, (updates, states) = _runs(name)(arguments, params, seed, numbers, is_bad)
+    chex.assert_trees_all_equal_dtypes(updates, jax.tree.map(lambda x: x[None], params))
+    chex.assert_trees_all_equal_dtypes(states, first)
+    controllers = getattr(states, "controller", states)
+    chex.assert_tree_all_finite(controllers)
+    return jax.tree.map(np.asarray, controllers)
+
+
+def _cases(names: list[str], title: str) -> Any:
+    mark = _environment("8. Fuzzing", title)
+    return pytest.mark.parametrize(
+        ("name", "kind"),
+        [pytest.param(name, kind, marks=mark) for name in names for kind in _TREES],
+    )
+
+
+@_cases(_FALLING, "the rate only falls, to its floor; drops equal the history")
+@hypothesis.given(arguments=arguments, fills=steps, seed=st.integers(0, 2**16))
+def test_the_rate_falls_by_drops_alone(
+    x64: None, name: str, kind: str, arguments: Any, fills: Any, seed: int
+) -> None:
+    states = _history(name, kind, arguments, fills, seed)
+    scales = np.concatenate([[1.0], states.scale])
+    assert np.all(np.diff(scales) <= 0)
+    assert scales.min() >= (1 - 1e-6) * arguments["floor"]
+    num_drops = np.concatenate([[0], states.num_drops])
+    np.testing.assert_array_equal(np.diff(num_drops), np.diff(scales) < 0)
+    assert np.all(np.flatnonzero(np.diff(num_drops)) + 1 > arguments["warmup_steps"])
+    fired = states.last_test.stationary & (states.last_test.step == states.step)
+    assert np.all(fired[np.diff(num_drops) > 0])
+    history = sasa_optax.History()
+    for step in range(_STEPS):
+        history.record(
+            sasa_optax.metrics(jax.tree.map(lambda x, step=step: x[step], states))
+        )
+    assert len(history.drops) == num_drops[-1]
+
+
+@_cases(_FALLING, "the window is as long as its rule says; bad steps are counted")
+@hypothesis.given(arguments=arguments, fills=steps, seed=st.integers(0, 2**16))
+def test_the_window_follows_its_rule(
+    x64: None, name: str, kind: str, arguments: Any, fills: Any, seed: int
+) -> None:
+    states = _history(name, kind, arguments, fills, seed)
+    total, num_nonfinite, num_drops = 0, 0, 0
+    for k in range(_STEPS):
+        is_counted = states.num_nonfinite[k] > num_nonfinite
+        num_nonfinite += is_counted
+        assert states.num_nonfinite[k] == num_nonfinite
+        if fills[k] is not None and not np.isfinite(fills[k]):
+            assert is_counted
+        total += not is_counted
+        kept = min(math.ceil(total / arguments["leak_ratio"]), _CAPACITY)
+        if states.last_test.step[k] == k + 1:
+            needed = arguments["min_samples"]
+            if arguments["scale_min_samples"]:
+                needed = min(needed / arguments["factor"] ** num_drops, _CAPACITY - 1)
+            assert states.last_test.num_samples[k] == kept
+            assert kept > round(needed) - 1
+            assert (k + 1) % arguments["test_interval"] == 0
+        if states.num_drops[k] > num_drops:
+            total, num_drops = 0, num_drops + 1
+        assert states.window.total[k] == total
+
+
+@_cases(["salsa", "ssls"], "the line search stays finite and within its bounds")
+@hypothesis.given(arguments=arguments, fills=steps, seed=st.integers(0, 2**16))
+def test_the_line_search(
+    x64: None, name: str, kind: str, arguments: Any, fills: Any, seed: int
+) -> None:
+    if name == "ssls":
+        arguments = {"floor": arguments["floor"]}
+    states = _history(name, kind, arguments, fills, seed)
+    rates = np.concatenate([[1.0], states.learning_rate])
+    assert rates.min() > 0
+    search = states.line_search
+    assert np.all(np.diff(search.num_evaluations) >= 0)
+    # Once it has ended it is over, and the rate only falls.
+    active = search.line_search_active
+    assert np.all(np.diff(active.astype(int)) <= 0)
+    assert np.all(np.diff(rates[1:])[~active[:-1]] <= 0)
+    assert np.all(np.diff(search.num_evaluations)[~active[:-1]] == 0)
