@@ -5,6 +5,7 @@ other tests compare with independent sources.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -441,6 +442,69 @@ def test_recovery_is_exact_after_apply_if_finite(name: str) -> None:
         (params, state.inner_state), (good[0], good[1].inner_state)
     )
     _assert_as_expected((params, state.inner_state), name)
+
+
+# Of optax's own all but schedule_free, which finds its average in the parameters as if
+# they had moved by all of its last update, and differentially private SGD, which wants
+# the gradients of single examples.
+_OTHERS = [
+    *("adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw"),
+    *("adamw", "adan", "amsgrad", "fromage", "lamb", "lars", "lbfgs", "lion", "nadam"),
+    *("nadamw", "noisy_sgd", "novograd", "optimistic_adam_v2", "polyak_sgd", "radam"),
+    *("optimistic_gradient_descent", "rmsprop", "rprop", "sgd", "sign_sgd", "signum"),
+    *("sm3", "yogi", "acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog"),
+    *("dowg", "galore", "madgrad", "mechanize", "momo", "momo_adam", "muon", "prodigy"),
+    *("sam", "simplified_ademamix", "sophia"),
+]
+_ARGUMENTS: dict[str, Any] = {
+    "mechanize": {"base_optimizer": optax.sgd(0.1)},
+    "noisy_sgd": {"learning_rate": 0.1, "key": 0},
+    "sam": {"optimizer": optax.sgd(0.1), "adv_optimizer": optax.sgd(0.05)},
+}
+
+
+def _other(name: str) -> optax.GradientTransformationExtraArgs:
+    make = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    if make is None:
+        pytest.skip(f"this optax has no {name}")
+    parameters = inspect.signature(make).parameters
+    rate = {"learning_rate": 0.1} if "learning_rate" in parameters else {}
+    return optax.with_extra_args_support(make(**_ARGUMENTS.get(name, rate)))
+
+
+def _never(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+    return sasa_optax.TestResult(mean=samples.values[0], stationary=False)
+
+
+@_wrapped("each of optax's and optax.contrib's optimizers", "reduce_on_stationarity")
+@pytest.mark.parametrize("other", _OTHERS)
+def test_reduce_on_stationarity_after_any_optimizer(other: str) -> None:
+    """The statistic is the change of the squared norm; the scale that of the step."""
+    controller = sasa_optax.reduce_on_stationarity(
+        test=_never, min_samples=4, max_window=8
+    )
+    optimizer = optax.chain(_other(other), controller)
+    params = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "b": jnp.ones(4)}
+
+    def loss(params: Any) -> jax.Array:
+        return sum(jnp.sum(jnp.sin(x) + x**2) for x in jax.tree.leaves(params))
+
+    def moved(optimizer: Any, params: Any, state: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(params)
+        extra = {"value": value, "grad": grads, "value_fn": loss}
+        extra = {"sam": {}, "sophia": extra | {"obj_fn": loss}}.get(other, extra)
+        updates, state = optimizer.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(functools.partial(moved, optimizer))
+    state = optimizer.init(params)
+    norms = [optax.tree.norm(params, squared=True)]
+    for _ in range(5):
+        params, state = step(params, state)
+        norms.append(optax.tree.norm(params, squared=True))
+    samples = state[-1].window.buffer[0, :5]
+    expected = -np.diff(np.asarray(norms)) / 2
+    np.testing.assert_allclose(samples, expected, rtol=1e-3, atol=1e-4)
 
 
 # Faults.
