@@ -118,7 +118,8 @@ def scale_by_sasa_plus(
         goes on, and fires without effect. Default 0.0.
       scale_min_samples: after each drop ``min_samples`` grows by 1/factor, up to what
         ``max_window`` can hold: at a rate ten times smaller the dynamics need ten times
-        the steps to become stationary. Default False, as in the papers.
+        the steps to become stationary. It keeps the rate of a long run from going to
+        nothing. Default False, as in the papers.
       axis_name: inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
         the parameters are sharded: the statistic is then summed over it, by one
         all-reduce. Not needed under jit, nor where parameters are replicated. Default

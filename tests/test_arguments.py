@@ -27,6 +27,8 @@ _COMMON: list[tuple[str, Any, str]] = [
     ("steps_per_epoch", 10.0, "an integer of at least 1"),
     ("warmup_steps", -1, "an integer of at least 0"),
     ("max_window", 4, "an integer of at least 5"),
+    ("scale_min_samples", "yes", "True or False"),
+    ("axis_name", 0, "the name of a mesh axis, a tuple of names, or None"),
     ("max_window", 2.0**14, "an integer of at least 5"),
 ]
 _RATE: list[tuple[str, Any, str]] = [

@@ -161,6 +161,26 @@ def test_a_schedule_is_scaled_by_the_drops_and_may_go_below_the_floor() -> None:
     np.testing.assert_allclose(rates[11:], [0.5] * 5 + [0.3] * 4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scale_min_samples_keeps_the_rate_from_collapsing(scaled: bool) -> None:
+    """On a noisy quadratic, whose dynamics each cut makes ten times slower."""
+    optimizer = sasa_optax.sasa_plus(5.0, min_samples=100, scale_min_samples=scaled)
+    curvatures, start = jnp.geomspace(0.01, 1.0, 20), jnp.ones(20)
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        grads = curvatures * params + jax.random.normal(key, (20,))
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    (_, state), _ = jax.jit(functools.partial(jax.lax.scan, step))(
+        (start, optimizer.init(start)), keys
+    )
+    rate = float(optax.tree.get(state, "learning_rate"))
+    assert rate > 1e-3 if scaled else rate < 1e-12
+
+
 def test_the_rate_can_be_changed_by_hand_through_the_scale() -> None:
     optimizer = sasa_optax.sasa_plus(0.5)
     state = optimizer.init(PARAMS)
