@@ -40,8 +40,8 @@ def train(
         params, state = carry
         grads = EIGENVALUES * params + jax.random.normal(key, (20,))
         updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), jnp.sum(EIGENVALUES * params**2) / 2
+        loss = jnp.sum(EIGENVALUES * params**2) / 2
+        return (optax.apply_updates(params, updates), state), loss
 
     keys = jax.random.split(key, num_steps)
     (_, state), losses = jax.lax.scan(step, (start, optimizer.init(start)), keys)
