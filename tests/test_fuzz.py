@@ -164,13 +164,14 @@ def test_the_window_follows_its_rule(
             assert is_counted
         total += not is_counted
         kept = min(math.ceil(total / arguments["leak_ratio"]), _CAPACITY)
-        if states.last_test.step[k] == k + 1:
-            needed = arguments["min_samples"]
-            if arguments["scale_min_samples"]:
-                needed = min(needed / arguments["factor"] ** num_drops, _CAPACITY - 1)
+        needed = arguments["min_samples"]
+        if arguments["scale_min_samples"]:
+            needed = min(needed / arguments["factor"] ** num_drops, _CAPACITY - 1)
+        is_testing = (k + 1) % arguments["test_interval"] == 0
+        is_due = is_testing and not is_counted and kept > round(needed)
+        assert (states.last_test.step[k] == k + 1) == is_due
+        if is_due:
             assert states.last_test.num_samples[k] == kept
-            assert kept > round(needed) - 1
-            assert (k + 1) % arguments["test_interval"] == 0
         if states.num_drops[k] > num_drops:
             total, num_drops = 0, num_drops + 1
         assert states.window.total[k] == total
