@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import SMALL, squares
+from optimizers import squares
 
 import sasa_optax
 
 _STEPS = 60
-_CAPACITY = SMALL["max_window"]
+_CAPACITY = 12
 _TREES: dict[str, Any] = {
     "single": np.ones(3, np.float32),
     "half": {"a": np.ones((2, 2), jnp.bfloat16), "b": np.ones((), np.float16)},
@@ -42,7 +42,7 @@ arguments = st.fixed_dictionaries(
     {
         "factor": st.sampled_from([0.1, 0.5, 0.9]),
         "leak_ratio": st.integers(1, 10),
-        "min_samples": st.integers(4, 20),
+        "min_samples": st.integers(4, 11),
         "test_interval": st.integers(1, 7),
         "warmup_steps": st.integers(0, 30),
         "floor": st.sampled_from([0.0, 1e-3, 0.3, 1.0]),
