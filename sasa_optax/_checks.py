@@ -93,8 +93,7 @@ def function(name: str, value: Any, signature: str) -> None:
 
 
 def boolean(name: str, value: Any) -> None:
-    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
-    if not (isinstance(value, bool) or (is_array and value.dtype == bool)):
+    if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 

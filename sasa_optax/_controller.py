@@ -131,7 +131,7 @@ class Controller:
     warmup_steps: jax.typing.ArrayLike = 0
     max_window: int = 16384
     min_learning_rate: jax.typing.ArrayLike = 0.0
-    scale_min_samples: jax.typing.ArrayLike = False
+    scale_min_samples: bool = False
     axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -211,10 +211,9 @@ class Controller:
     def samples_needed(self, window: _window.Window, num_drops: jax.Array) -> jax.Array:
         """A test needs more than this; never what the window could not hold."""
         least = jnp.asarray(self.min_samples, jnp.int32)
-        if isinstance(self.scale_min_samples, bool) and not self.scale_min_samples:
+        if not self.scale_min_samples:
             return least
-        per_drop = jnp.where(self.scale_min_samples, 1 / self.factor, 1)
-        grown = least * per_drop.astype(jnp.float32) ** num_drops
+        grown = least / jnp.asarray(self.factor, jnp.float32) ** num_drops
         most = jnp.float32(window.buffer.shape[1] - 1)
         return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
 

@@ -66,7 +66,7 @@ def scale_by_sasa_plus(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
-    scale_min_samples: jax.typing.ArrayLike = False,
+    scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies a learning rate that drops when the dynamics are stationary.
@@ -191,7 +191,7 @@ def sasa_plus(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
-    scale_min_samples: jax.typing.ArrayLike = False,
+    scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SASA+: momentum SGD that cuts its learning rate when progress has stopped.
@@ -293,7 +293,7 @@ def sasa(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
-    scale_min_samples: jax.typing.ArrayLike = False,
+    scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SASA: momentum SGD whose rate drops on positive evidence of stationarity.
@@ -391,7 +391,7 @@ def reduce_on_stationarity(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_scale: jax.typing.ArrayLike = 0.0,
-    scale_min_samples: jax.typing.ArrayLike = False,
+    scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales another optimizer's updates down when its dynamics are stationary.

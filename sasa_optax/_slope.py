@@ -25,7 +25,7 @@ def slope(
     warmup_steps: jax.typing.ArrayLike = 0,
     max_window: int = 16384,
     min_learning_rate: jax.typing.ArrayLike = 0.0,
-    scale_min_samples: jax.typing.ArrayLike = False,
+    scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SLOPE: momentum SGD whose rate drops when the mini-batch loss stops falling.

@@ -76,12 +76,12 @@ def _update(optimizer: Any, grads: Any, state: Any, params: Any) -> Any:
 
 
 @functools.cache
-def _runs(name: str) -> Callable[..., Any]:
+def _runs(name: str, **static: Any) -> Callable[..., Any]:
     """From traced arguments to the updates and the state after each step."""
 
     @jax.jit
     def run(arguments: Any, params: Any, seed: Any, fills: Any, is_bad: Any) -> Any:
-        optimizer = _optimizer(name, arguments)
+        optimizer = _optimizer(name, arguments | static)
 
         def step(carry: Any, x: Any) -> Any:
             params, state = carry
@@ -111,7 +111,10 @@ def _history(name: str, kind: str, arguments: Any, fills: Any, seed: int) -> Any
     params = jax.tree.map(jnp.asarray, _TREES[kind])
     is_bad = np.array([fill is not None for fill in fills])
     numbers = np.array([fill or 0.0 for fill in fills], np.float32)
-    first, (updates, states) = _runs(name)(arguments, params, seed, numbers, is_bad)
+    static = {key: x for key, x in arguments.items() if isinstance(x, bool)}
+    traced = {key: x for key, x in arguments.items() if key not in static}
+    run = _runs(name, **static)
+    first, (updates, states) = run(traced, params, seed, numbers, is_bad)
     chex.assert_trees_all_equal_dtypes(updates, jax.tree.map(lambda x: x[None], params))
     chex.assert_trees_all_equal_dtypes(states, first)
     controllers = getattr(states, "controller", states)
