@@ -1,6 +1,7 @@
 """Arithmetic over parameter trees that neither truncates nor changes a type."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,11 @@ def _leaf_product(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which a value inside `jax.shard_map` differs."""
-    return getattr(x.aval, "vma", frozenset())
+    aval: Any = x.aval
+    if hasattr(aval, "manual_axis_type"):
+        return aval.manual_axis_type.varying
+    # Its place before JAX 0.10; JAX 0.5 has none.
+    return getattr(aval, "vma", frozenset())
 
 
 def _axes_of(product: jax.Array, axes: tuple[str, ...]) -> tuple[str, ...]:

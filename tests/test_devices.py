@@ -1,0 +1,489 @@
+"""Each optimizer decides and moves the same on eight devices as on one.
+
+Whatever the layout, and with no more communication than one sum of a few numbers.
+"""
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optimizers import ALL, SMALL, squares
+
+import sasa_optax
+
+GROUP = "3. Devices"
+NUM_DEVICES = 8
+NUM_STEPS = 12
+# Since JAX 0.6, when it came to know what varies inside.
+_IS_RECENT = hasattr(jax, "shard_map")
+_ROOT = pathlib.Path(__file__).parent.parent
+
+for_all = pytest.mark.parametrize("name", ALL)
+_environment = functools.partial(pytest.mark.environment, GROUP)
+
+# The first axes are what is sharded.
+_SHAPES = {"w": (16, 3), "v": (8, 2), "b": (8,)}
+START = {key: np.ones(shape, np.float32) for key, shape in _SHAPES.items()}
+_generator = np.random.default_rng(0)
+# By step and by device, of a batch with one example for each.
+NOISE = {
+    key: _generator.normal(size=(NUM_STEPS, NUM_DEVICES, *shape)).astype(np.float32)
+    for key, shape in _SHAPES.items()
+}
+
+# Those that keep a window, and so come to a test.
+_TESTING = [name for name in ALL if "ssls" not in name and name != "qhm"]
+# And what each is compared with: the same step without our controller.
+_INNER: dict[str, optax.GradientTransformation] = {
+    "sasa_plus": optax.sgd(0.1, momentum=0.9),
+    "sasa": optax.sgd(0.1, momentum=0.9),
+    "scale_by_sasa_plus": optax.sgd(1.0),
+    "reduce_on_stationarity": optax.adam(1e-2),
+}
+
+
+def make(name: str, **arguments: Any) -> Any:
+    optimizer = ALL[name](**SMALL, **arguments)
+    if name == "reduce_on_stationarity":
+        return optax.chain(optax.adam(1e-2), optimizer)
+    return optimizer
+
+
+def _step(optimizer: Any, params: Any, state: Any, noise: Any, **extra: Any) -> Any:
+    """On a quadratic, so that the dynamics become stationary."""
+    grads = jax.tree.map(lambda e, x: e.mean(0) + 0.1 * x, noise, params)
+    updates, state = optimizer.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def _run(
+    step: Callable[..., Any],
+    params: Any,
+    state: Any,
+    put: Callable[[Any], Any] = lambda noise: noise,
+) -> tuple[Any, Any]:
+    for i in range(NUM_STEPS):
+        params, state = step(params, state, put({k: x[i] for k, x in NOISE.items()}))
+    return params, state
+
+
+def decisions(state: Any) -> dict[str, float]:
+    """What must be equal exactly; empty for `qhm`, which decides nothing."""
+    fields = ("num_drops", "scale", "num_evaluations")
+    found = {field: optax.tree.get(state, field) for field in fields}
+    test = optax.tree.get(state, "last_test")
+    if test is not None:
+        found |= {"tested": test.step, "stationary": test.stationary}
+    return {field: float(x) for field, x in found.items() if x is not None}
+
+
+def numbers(params: Any, state: Any) -> dict[str, Any]:
+    """What differs by the order of the sums, on the host."""
+    window = optax.tree.get(state, "window")
+    samples = {} if window is None else {"samples": window.buffer}
+    return jax.device_get(params | samples)
+
+
+@functools.cache
+def _expected(name: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """On one device."""
+    optimizer = make(name)
+    params = jax.tree.map(jnp.asarray, START)
+    step = jax.jit(functools.partial(_step, optimizer))
+    params, state = _run(step, params, optimizer.init(params))
+    assert params["w"].devices() == {jax.devices()[0]}
+    return numbers(params, state), decisions(state)
+
+
+def _assert_as_expected(actual: tuple[Any, Any], name: str) -> None:
+    _assert_equal((numbers(*actual), decisions(actual[1])), name)
+
+
+def _assert_equal(actual: tuple[Any, Any], name: str) -> None:
+    expected = _expected(name)
+    # Samples are differences of larger numbers.
+    chex.assert_trees_all_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert actual[1] == expected[1]
+
+
+@pytest.mark.parametrize("name", _TESTING)
+def test_what_is_expected_comes_from_tests_that_ran(name: str) -> None:
+    assert _expected(name)[1]["tested"] > 0
+
+
+def test_what_is_expected_comes_from_rates_that_dropped() -> None:
+    dropped = {name for name in _TESTING if _expected(name)[1]["num_drops"]}
+    assert dropped >= {"sasa_plus", "scale_by_sasa_plus", "slope", "salsa"}
+
+
+def _line() -> Mesh:
+    return Mesh(jax.devices(), ("fsdp",))
+
+
+# Data parallel.
+
+
+@_environment("data parallel by `jit`")
+@for_all
+def test_data_parallel(name: str) -> None:
+    mesh = Mesh(jax.devices(), ("data",))
+    optimizer = make(name)
+    params = jax.device_put(START, NamedSharding(mesh, P()))
+    put = functools.partial(jax.device_put, device=NamedSharding(mesh, P("data")))
+    step = jax.jit(functools.partial(_step, optimizer))
+    actual = _run(step, params, optimizer.init(params), put)
+    assert len(actual[0]["w"].devices()) == NUM_DEVICES
+    _assert_as_expected(actual, name)
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+@_environment("data parallel by `pmap`, with `pmean` of the gradients")
+@for_all
+def test_pmap(name: str) -> None:
+    optimizer = make(name)
+
+    def one_of_eight(params: Any, state: Any, noise: Any) -> Any:
+        grads = jax.tree.map(lambda e, x: e + 0.1 * x, noise, params)
+        grads = jax.lax.pmean(grads, "data")
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.asarray, START)
+    replicas = jax.tree.map(
+        lambda x: np.stack([x] * NUM_DEVICES), (params, optimizer.init(params))
+    )
+    actual = _run(jax.pmap(one_of_eight, axis_name="data"), *replicas)
+    for leaf in jax.tree.leaves(actual):
+        np.testing.assert_array_equal(leaf, np.stack([leaf[0]] * NUM_DEVICES))
+    _assert_as_expected(jax.tree.map(lambda x: x[0], actual), name)
+
+
+# Fully sharded.
+
+
+def _state_like(optimizer: Any, state: Any, of_params: Any, of_others: Any) -> Any:
+    """A tree like the state: what is like the parameters gets what they get."""
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, of_param: of_param,
+        state,
+        of_params,
+        transform_non_params=lambda _: of_others,
+    )
+
+
+def _fully_sharded(name: str, mesh: Mesh) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Parameters, state, and what puts the noise where they are."""
+    params = jax.device_put(START, NamedSharding(mesh, P("fsdp")))
+    of_noise = NamedSharding(mesh, P(None, "fsdp"))
+    put = functools.partial(jax.device_put, device=of_noise)
+    return params, make(name).init(params), put
+
+
+def run_fully_sharded(name: str, mesh: Mesh) -> tuple[Any, Any]:
+    params, state, put = _fully_sharded(name, mesh)
+    return _run(jax.jit(functools.partial(_step, make(name))), params, state, put)
+
+
+def _assert_laid_out(tree: Any, shardings: Any) -> None:
+    for leaf, sharding in zip(*map(jax.tree.leaves, (tree, shardings)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@_environment("fully sharded by `jit`: the layout is kept")
+@for_all
+def test_fully_sharded(name: str) -> None:
+    mesh = _line()
+    params, state = run_fully_sharded(name, mesh)
+    _assert_as_expected((params, state), name)
+    whole, parts = (NamedSharding(mesh, spec) for spec in (P(), P("fsdp")))
+    of_params = dict.fromkeys(START, parts)
+    of_state = _state_like(make(name), state, of_params, whole)
+    _assert_laid_out((params, state), (of_params, of_state))
+
+
+@_environment("fully sharded by `jit`: the layout is kept")
+@for_all
+def test_init_lays_the_state_out_like_the_parameters(name: str) -> None:
+    parts = NamedSharding(_line(), P("fsdp"))
+    optimizer = make(name)
+    state = optimizer.init(jax.device_put(START, parts))
+    of_params = dict.fromkeys(START, True)
+    is_like = jax.tree.leaves(_state_like(optimizer, state, of_params, False))
+    for leaf, like in zip(jax.tree.leaves(state), is_like, strict=True):
+        assert (leaf.sharding == parts) == like
+
+
+# By `shard_map`.
+
+_SHARDED = {key: P("fsdp") for key in _SHAPES}
+_PARTLY = _SHARDED | {"b": P()}
+
+
+def _shard_map(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -> Any:
+    arguments = {"mesh": mesh, "in_specs": specs, "out_specs": out_specs}
+    if _IS_RECENT:
+        return jax.shard_map(step, **arguments, check_vma=check)
+    # Its home before JAX 0.6.
+    module = importlib.import_module("jax.experimental.shard_map")
+    return module.shard_map(step, **arguments, check_rep=check)
+
+
+def _make_parallel(name: str, loss: Callable[[Any], jax.Array]) -> Any:
+    """As `make`, inside `shard_map`, where a loss needs a sum over the devices."""
+    if name == "qhm":
+        return make(name)
+    small = {} if "ssls" in name else SMALL
+    if name == "slope":
+        optimizer = sasa_optax.slope(1.0, **SMALL, axis_name="fsdp")
+        return _with_extra(optimizer, lambda grads: {"value": loss(grads)})
+    if name in ("salsa", "ssls"):
+        optimizer = getattr(sasa_optax, name)(1.0, **small, axis_name="fsdp")
+        return _with_extra(optimizer, lambda _: {"value_fn": loss})
+    if name in ("scale_by_salsa", "scale_by_ssls"):
+        optimizer = getattr(sasa_optax, name)(1.0, **small, axis_name="fsdp")
+        return _with_extra(optimizer, lambda grads: {"value_fn": loss, "grad": grads})
+    return make(name, axis_name="fsdp")
+
+
+def _with_extra(optimizer: Any, extra: Callable[[Any], dict[str, Any]]) -> Any:
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        return optimizer.update(grads, state, params, **extra(grads))
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _loss_over_devices(specs: dict[str, P]) -> Callable[[Any], jax.Array]:
+    def loss(tree: Any) -> jax.Array:
+        sharded = {key: x for key, x in tree.items() if specs[key] == P("fsdp")}
+        rest = {key: x for key, x in tree.items() if key not in sharded}
+        return jax.lax.psum(squares(sharded), "fsdp") + squares(rest)
+
+    return loss
+
+
+def _sharded_step(
+    optimizer: Any, mesh: Mesh, specs: dict[str, P], state: Any, check: bool
+) -> Callable[..., Any]:
+    own = (specs, _state_like(optimizer, state, specs, P()))
+    of_noise = {key: P(None, *spec) for key, spec in specs.items()}
+    step = functools.partial(_step, optimizer)
+    return jax.jit(_shard_map(step, mesh, (*own, of_noise), own, check))
+
+
+def _assert_sharded_by_hand(
+    optimizer: Any, name: str, mesh: Mesh, specs: dict[str, P], check: bool
+) -> None:
+    params = jax.tree.map(jnp.asarray, START)
+    state = optimizer.init(params)
+    step = _sharded_step(optimizer, mesh, specs, state, check)
+    actual = _run(step, params, state)
+    for key, spec in specs.items():
+        assert actual[0][key].sharding.spec == spec
+    _assert_as_expected(actual, name)
+
+
+@_environment("fully sharded by `shard_map` with `axis_name`, `check_vma=False`")
+@for_all
+def test_shard_map(name: str) -> None:
+    optimizer = _make_parallel(name, _loss_over_devices(_SHARDED))
+    _assert_sharded_by_hand(optimizer, name, _line(), _SHARDED, check=False)
+
+
+def _skip_unless_varying_axes_are_known() -> None:
+    if not _IS_RECENT:
+        pytest.skip("this JAX keeps no account of what varies inside shard_map")
+
+
+@_environment("partly sharded by `shard_map` with `axis_name`, the rest replicated")
+@for_all
+def test_shard_map_of_a_part(name: str) -> None:
+    _skip_unless_varying_axes_are_known()
+    optimizer = _make_parallel(name, _loss_over_devices(_PARTLY))
+    _assert_sharded_by_hand(optimizer, name, _line(), _PARTLY, check=True)
+
+
+@_environment("`shard_map` over two mesh axes, each array sharded over others")
+@pytest.mark.parametrize("name", _INNER)
+def test_shard_map_over_two_axes(name: str) -> None:
+    _skip_unless_varying_axes_are_known()
+    axes = ("fsdp", "tensor")
+    mesh = Mesh(np.reshape(jax.devices(), (4, 2)), axes)
+    specs = {"w": P("fsdp"), "v": P(*axes), "b": P("tensor")}
+    optimizer = make(name, axis_name=axes)
+    _assert_sharded_by_hand(optimizer, name, mesh, specs, check=True)
+
+
+@pytest.mark.parametrize("name", ["sasa", "sasa_plus"])
+def test_shard_map_without_axis_name_is_refused(name: str) -> None:
+    """By JAX, since each device would have decided for itself."""
+    _skip_unless_varying_axes_are_known()
+    with pytest.raises(TypeError, match="cond branches must have equal"):
+        _assert_sharded_by_hand(make(name), name, _line(), _SHARDED, check=True)
+
+
+# What is sent.
+
+
+_COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+
+
+def _sent(step: Any, *args: Any) -> list[str]:
+    """The collectives of the compiled step, none of which may return an array."""
+    text = step.lower(*args).compile().as_text()
+    found = re.findall(rf"= (.*) ({_COLLECTIVES})(?:-start)?\(", text)
+    for shapes, _ in found:
+        sizes = [int(size or 1) for size in re.findall(r"f32\[(\d*)\]", shapes)]
+        assert sum(sizes) <= 3 * len(_SHAPES), shapes
+    return [kind for _, kind in found]
+
+
+@_environment("fully sharded by `jit`: one small `all-reduce` a step, and no other")
+@pytest.mark.parametrize("name", _INNER)
+def test_what_is_sent_by_jit(name: str) -> None:
+    mesh = _line()
+    params, state, put = _fully_sharded(name, mesh)
+    noise = put({key: x[0] for key, x in NOISE.items()})
+
+    def sent(optimizer: Any, state: Any) -> list[str]:
+        step = jax.jit(functools.partial(_step, optimizer))
+        return _sent(step, params, state, noise)
+
+    inner = optax.with_extra_args_support(_INNER[name])
+    assert sent(inner, inner.init(params)) == []
+    kinds = sent(make(name), state)
+    assert set(kinds) == {"all-reduce"}
+    # On CPUs the XLA of JAX 0.5 does not merge them: there is one for each number.
+    assert len(kinds) == 1 or not _IS_RECENT
+
+
+@_environment("by `shard_map`: one small `all-reduce` a step, and no other")
+@pytest.mark.parametrize("name", _INNER)
+def test_what_is_sent_by_shard_map(name: str) -> None:
+    params = jax.tree.map(jnp.asarray, START)
+    noise = {key: x[0] for key, x in NOISE.items()}
+
+    def sent(optimizer: Any, specs: dict[str, P], check: bool) -> list[str]:
+        state = optimizer.init(params)
+        step = _sharded_step(optimizer, _line(), specs, state, check)
+        return _sent(step, params, state, noise)
+
+    inner = optax.with_extra_args_support(_INNER[name])
+    optimizer = make(name, axis_name="fsdp")
+    for specs, check in ((_SHARDED, False), (_PARTLY, True)):
+        assert sent(inner, specs, check) == []
+        assert sent(optimizer, specs, check) == ["all-reduce"]
+
+
+# Sharding in types.
+
+
+def _explicit_mesh() -> Mesh:
+    axis_type = getattr(jax.sharding, "AxisType", None)
+    if axis_type is None or not hasattr(jax, "set_mesh"):
+        pytest.skip("this JAX has no explicit mesh axes")
+    return jax.make_mesh((NUM_DEVICES,), ("fsdp",), axis_types=(axis_type.Explicit,))
+
+
+@_environment("explicit mesh axes (sharding in types), under `lax.scan`")
+@for_all
+def test_explicit_mesh_axes(name: str) -> None:
+    mesh = _explicit_mesh()
+    optimizer = make(name)
+
+    @jax.jit
+    def scanned(params: Any, noise: Any) -> Any:
+        start = (params, optimizer.init(params))
+
+        def step(carry: Any, noise: Any) -> Any:
+            return _step(optimizer, *carry, noise), None
+
+        end, _ = jax.lax.scan(step, start, noise)
+        for old, new in zip(*map(jax.tree.leaves, (start, end)), strict=True):
+            assert jax.typeof(old).sharding.spec == jax.typeof(new).sharding.spec
+        assert jax.typeof(end[0]["w"]).sharding.spec[0] == "fsdp"
+        return end
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(START, NamedSharding(mesh, P("fsdp")))
+        noise = jax.device_put(NOISE, NamedSharding(mesh, P(None, None, "fsdp")))
+        _assert_as_expected(scanned(params, noise), name)
+
+
+# Several processes.
+
+TWO_PROCESSES = ("sasa_plus", "reduce_on_stationarity")
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _outputs_of_two_processes() -> list[dict[str, Any]]:
+    script = pathlib.Path(__file__).parent / "two_processes.py"
+    address = f"127.0.0.1:{_free_port()}"
+    cache = jax.config.jax_compilation_cache_dir
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, address, str(index)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    # The collectives' library reports to the same stream, before.
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+@_environment("two processes by `jax.distributed`, fully sharded", *TWO_PROCESSES)
+def test_two_processes() -> None:
+    if not _IS_RECENT:
+        pytest.skip("Gloo in this JAX confuses collectives that run at the same time")
+    for output in _outputs_of_two_processes():
+        assert output.keys() == set(TWO_PROCESSES)
+        for name, (found, decided) in output.items():
+            arrays = {key: np.asarray(x, np.float32) for key, x in found.items()}
+            _assert_equal((arrays, decided), name)
+
+
+# The page about all this.
+
+
+def test_the_code_in_the_documentation_runs() -> None:
+    if not _IS_RECENT:
+        pytest.skip("the page is written for JAX 0.6 and newer")
+    text = (_ROOT / "docs" / "distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
