@@ -1,0 +1,187 @@
+"""In the training loops of others, with the real packages."""
+
+import functools
+from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from optimizers import ALL, SMALL
+
+import sasa_optax
+
+_environment = functools.partial(pytest.mark.environment, "5. Clients")
+for_all = pytest.mark.parametrize("name", ALL)
+_NUM_STEPS = 24
+_IMAGES = jax.random.normal(jax.random.key(0), (32, 4))
+_TARGETS = _IMAGES @ jnp.array([[1.0], [-2.0], [0.5], [0.0]]) + 0.3
+
+
+def _make(name: str) -> Any:
+    optimizer = ALL[name](**SMALL)
+    if name == "reduce_on_stationarity":
+        return optax.chain(optax.adam(1e-2), optimizer)
+    return optax.chain(optax.scale(0.1), optimizer)
+
+
+def _loss(outputs: jax.Array) -> jax.Array:
+    return jnp.mean((outputs - _TARGETS) ** 2)
+
+
+def _by_hand(name: str, kernel: jax.Array, bias: jax.Array) -> Any:
+    """The same training in a plain loop: the loss before and after, and the state."""
+
+    def loss(params: Any) -> jax.Array:
+        return _loss(_IMAGES @ params["kernel"] + params["bias"])
+
+    optimizer = _make(name)
+    params = {"bias": bias, "kernel": kernel}
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(_NUM_STEPS):
+        params, state = step(params, state)
+    return params, state
+
+
+def _assert_as_by_hand(name: str, start: Any, end: Any, state: Any) -> None:
+    params, expected = _by_hand(name, *start)
+    np.testing.assert_allclose(end[0], params["kernel"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(end[1], params["bias"], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(end[0], start[0])
+    if name != "qhm":
+        for field in ("num_drops", "scale", "last_test"):
+            one, other = (optax.tree.get(x, field) for x in (state, expected))
+            chex.assert_trees_all_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@_environment("Flax NNX, `nnx.Optimizer`")
+@for_all
+def test_nnx(name: str) -> None:
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    start = jnp.array(model.kernel[...]), jnp.array(model.bias[...])
+    optimizer = nnx.Optimizer(model, _make(name), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: nnx.Linear, optimizer: nnx.Optimizer) -> None:
+        grads = nnx.grad(lambda model: _loss(model(_IMAGES)))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(_NUM_STEPS):
+        step(model, optimizer)
+    state = nnx.as_pure(optimizer.opt_state)
+    _assert_as_by_hand(name, start, (model.kernel[...], model.bias[...]), state)
+
+
+@_environment("Flax Linen, `TrainState`")
+@for_all
+def test_linen(name: str) -> None:
+    model = linen.Dense(1)
+    params = model.init(jax.random.key(0), _IMAGES)["params"]
+    start = params["kernel"], params["bias"]
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=_make(name))
+
+    @jax.jit
+    def step(state: TrainState) -> TrainState:
+        def loss(params: Any) -> jax.Array:
+            return _loss(state.apply_fn({"params": params}, _IMAGES))
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    for _ in range(_NUM_STEPS):
+        state = step(state)
+    end = state.params["kernel"], state.params["bias"]
+    _assert_as_by_hand(name, start, end, state.opt_state)
+
+
+@_environment("Equinox, `filter_jit` and `filter_grad`")
+@for_all
+def test_equinox(name: str) -> None:
+    """Whose trees have None in place of what is no array."""
+    model = eqx.nn.MLP(4, 1, 1, depth=0, key=jax.random.key(0))
+    linear = model.layers[0]
+    start = linear.weight.T, linear.bias
+    optimizer = _make(name)
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model: Any, state: Any) -> Any:
+        grads = eqx.filter_grad(lambda model: _loss(jax.vmap(model)(_IMAGES)))(model)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = optimizer.update(grads, state, params)
+        return eqx.apply_updates(model, updates), state
+
+    for _ in range(_NUM_STEPS):
+        model, state = step(model, state)
+    linear = model.layers[0]
+    _assert_as_by_hand(name, start, (linear.weight.T, linear.bias), state)
+
+
+_DATA = 1.0 + 0.01 * jax.random.normal(jax.random.key(1), (50,))
+
+
+def _model(data: jax.Array) -> None:
+    mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+    numpyro.sample("data", dist.Normal(mean, 0.1), obs=data)
+
+
+# SVI passes gradients, parameters and the loss, but no function to search along.
+@_environment("NumPyro's SVI through `optax_to_numpyro`, the loss negative")
+@pytest.mark.parametrize(
+    "name",
+    ["sasa", "sasa_plus", "scale_by_sasa_plus", "reduce_on_stationarity", "slope"],
+)
+def test_numpyro(name: str) -> None:
+    arguments = {"min_samples": 50, "test_interval": 10, "leak_ratio": 2}
+    make = functools.partial(sasa_optax.slope, 1.0) if name == "slope" else ALL[name]
+    ours = make(**arguments, max_window=256)
+    adam = [optax.scale_by_adam(), optax.scale(0.02)]
+    before = [optax.adam(0.02)] if name == "reduce_on_stationarity" else adam
+    optimizer = numpyro.optim.optax_to_numpyro(optax.chain(*before, ours))
+    svi = SVI(_model, AutoNormal(_model), optimizer, Trace_ELBO())
+    state = svi.init(jax.random.key(0), _DATA)
+    update = jax.jit(svi.update)
+    losses = []
+    for _ in range(400):
+        state, loss = update(state, _DATA)
+        losses.append(float(loss))
+    assert np.mean(losses[-50:]) < min(0, np.mean(losses[:10]))
+    assert int(optax.tree.get(state.optim_state, "last_test").step) > 0
+
+
+@_environment(
+    "NumPyro's SVI through `optax_to_numpyro`, the loss negative",
+    "reduce_on_stationarity",
+)
+def test_reduce_on_stationarity_drops_in_numpyro_without_a_loss() -> None:
+    """As `optax.contrib.reduce_on_plateau` cannot: it is a drop-in that needs less."""
+    grads = params = jnp.ones(2)
+    plateau = optax.contrib.reduce_on_plateau()
+    with pytest.raises(TypeError, match="value"):
+        plateau.update(grads, plateau.init(params), params)
+    controller = sasa_optax.reduce_on_stationarity(min_samples=50, test_interval=10)
+    optimizer = numpyro.optim.optax_to_numpyro(
+        optax.chain(optax.adam(0.05), controller)
+    )
+    svi = SVI(_model, AutoNormal(_model), optimizer, Trace_ELBO())
+    state = svi.init(jax.random.key(0), _DATA)
+    state, _ = jax.lax.scan(
+        lambda state, _: svi.update(state, _DATA), state, length=2000
+    )
+    assert int(optax.tree.get(state.optim_state, "num_drops")) > 0
+    mean = svi.get_params(state)["mean_auto_loc"]
+    assert float(mean) == pytest.approx(1.0, abs=0.02)
