@@ -23,11 +23,13 @@ matrix: $(VENV)/.dev  ## The table of docs/everywhere.md.
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m environment --matrix write tests
 
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS)
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS) -m "not example"
 
-# The lower bounds of pyproject.toml. Flax, the examples' library, has later ones.
+# The lower bounds of pyproject.toml. Flax, Orbax, Equinox, NumPyro have later ones.
 test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supported.
-	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --ignore tests/test_flax.py
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not example" \
+		--ignore tests/test_flax.py --ignore tests/test_clients.py \
+		--ignore tests/test_checkpoints.py
 
 calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
 	$(BIN)/python benchmarks/calibration.py
