@@ -84,7 +84,7 @@ def test_type_information_is_shipped() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/calibration.md", "docs/from-statopt.md", "docs/salsa.md"],
+    ["README.md", *(f"docs/{page.name}" for page in (_ROOT / "docs").glob("*.md"))],
 )
 def test_links_within_the_repository_lead_somewhere(name: str) -> None:
     page = _ROOT / name
