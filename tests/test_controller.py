@@ -121,6 +121,7 @@ def test_momentum_starts_afresh_after_a_drop(name: str) -> None:
     np.testing.assert_allclose(state.trace, (1 - beta) * grads, rtol=1e-6)
 
 
+@pytest.mark.environment("7. Faults", "a rate at its floor", "scale_by_sasa_plus")
 def test_at_the_floor_nothing_drops_any_more() -> None:
     optimizer = sasa_optax.scale_by_sasa_plus(
         0.5, test=always_stationary, min_learning_rate=0.02, **SMALL
@@ -134,6 +135,7 @@ def test_at_the_floor_nothing_drops_any_more() -> None:
     assert int(states[-1].last_test.step) == 40
 
 
+@pytest.mark.environment("7. Faults", "a rate at its floor", "reduce_on_stationarity")
 def test_min_scale_is_the_floor_of_the_scale() -> None:
     optimizer = sasa_optax.reduce_on_stationarity(
         test=always_stationary, min_scale=0.05, **SMALL
@@ -304,6 +306,7 @@ class TestEveryOptimizer:
         rate = "scale" if name == "reduce_on_stationarity" else "learning_rate"
         assert float(optax.tree.get(state, rate)) == 1.0
 
+    @pytest.mark.environment("4. optax", "`inject_hyperparams`")
     def test_it_survives_inject_hyperparams(self, name: str) -> None:
         make = OPTIMIZERS[name]
         factory, keywords = make, {}
