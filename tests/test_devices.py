@@ -423,7 +423,8 @@ def test_explicit_mesh_axes(name: str) -> None:
     with jax.set_mesh(mesh):
         params = jax.device_put(START, NamedSharding(mesh, P("fsdp")))
         noise = jax.device_put(NOISE, NamedSharding(mesh, P(None, None, "fsdp")))
-        _assert_as_expected(scanned(params, noise), name)
+        end = scanned(params, noise)
+    _assert_as_expected(end, name)
 
 
 # Several processes.
