@@ -92,6 +92,11 @@ def function(name: str, value: Any, signature: str) -> None:
         raise ValueError(f"{name} must be a function {signature}, got {value!r}.")
 
 
+def is_zero(value: jax.typing.ArrayLike) -> bool:
+    """Whether it is known, before anything is traced, that a term vanishes."""
+    return isinstance(value, int | float) and value == 0
+
+
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree, _types, _window
-from sasa_optax._qhm import add_coupled_decay
+from sasa_optax._conditional import cond
 from sasa_optax._stationarity import Samples, StationarityTest, TestResult
 from sasa_optax._statistics import (
     Sample,
@@ -109,6 +109,22 @@ def run_test(
         num_samples=num_samples,
         stationary=is_finite & stationary,
         **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+    )
+
+
+def test_if(
+    is_due: jax.Array,
+    test: StationarityTest,
+    last_test: TestResult,
+    *arguments: Any,
+) -> TestResult:
+    """The newest test: `run_test` of these arguments if one is due, else the last."""
+    return cond(
+        is_due,
+        lambda last_test, *arguments: run_test(test, *arguments),
+        lambda last_test, *arguments: last_test,
+        last_test,
+        *arguments,
     )
 
 
@@ -223,15 +239,19 @@ class Controller:
         """The newest test, and whether it fired at this step."""
         assert self.test is not None
         assert state.window is not None
-        test, window = self.test, state.window
+        window = state.window
         num_samples = self.num_kept(window)
         is_testing = state.step % jnp.asarray(self.test_interval, jnp.int32) == 0
         is_enough = num_samples > self.samples_needed(window, state.num_drops)
         is_due = is_good & is_testing & is_enough
-        result = jax.lax.cond(
+        result = test_if(
             is_due,
-            lambda: run_test(test, window, num_samples, state.step, state.num_drops),
-            lambda: state.last_test,
+            self.test,
+            state.last_test,
+            window,
+            num_samples,
+            state.step,
+            state.num_drops,
         )
         return result, is_due & result.stationary & (state.step > self.warmup_steps)
 
@@ -300,27 +320,32 @@ class Controller:
         params: optax.Params,
         grad: optax.Updates | None,
         value: jax.typing.ArrayLike | None,
-        coupled_decay: jax.typing.ArrayLike,
         is_good: jax.typing.ArrayLike = True,
-    ) -> tuple[optax.Updates, ControllerState]:
-        """The update, and the state after it; a bad step goes unrecorded."""
+    ) -> tuple[optax.Updates, optax.Updates, ControllerState]:
+        """The update, its direction, and the state; a bad step goes unrecorded.
+
+        The direction is that given, number by number, but the one to keep.
+        """
         base, rate = self.rates(state)
-        updates = _tree.scale(-rate, direction)
-        row = jnp.zeros((0,), state.scale.dtype)
+        is_good, row = jnp.asarray(is_good), jnp.zeros((0,), state.scale.dtype)
         if self.test is not None:
-            grad = direction if grad is None else grad
+            direction, always = _tree.in_sequence(direction, params, rate, state.step)
+            is_good &= always
+        updates = _tree.scale(-rate, direction)
+        if self.test is not None:
             transition = Transition(
                 params=params,
                 # As the caller will compute them, so that XLA merges the two.
                 new_params=optax.apply_updates(params, updates),
                 direction=direction,
-                grad=add_coupled_decay(grad, coupled_decay, params),
+                grad=direction if grad is None else grad,
                 learning_rate=rate,
                 value=value,
                 axis_name=self.axis_name,
             )
             row = self._row(transition)
-        return updates, self._compiled(state, row, jnp.asarray(is_good), base, rate)
+        state = self._compiled(state, row, is_good, base, rate)
+        return updates, direction, state
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         def update(
@@ -330,11 +355,12 @@ class Controller:
             *,
             grad: optax.Updates | None = None,
             value: jax.typing.ArrayLike | None = None,
-            coupled_decay: jax.typing.ArrayLike = 0.0,
+            with_direction: bool = False,
             **extra_args: Any,
         ) -> tuple[optax.Updates, ControllerState]:
             del extra_args
             params = _checks.params(params, "The test for stationarity")
-            return self.step(updates, state, params, grad, value, coupled_decay)
+            updates, direction, state = self.step(updates, state, params, grad, value)
+            return (updates, direction) if with_direction else updates, state
 
         return _types.transformation(self.init, update)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree, _types, _window
-from sasa_optax._controller import Controller, ControllerState, no_test_yet, run_test
+from sasa_optax._controller import Controller, ControllerState, no_test_yet, test_if
 from sasa_optax._qhm import add_coupled_decay, coupled_decay_loss
 from sasa_optax._stationarity import SlopeTest, TestResult
 
@@ -350,9 +350,15 @@ class LineSearch:
         is_enough = (num_losses * steps_per_loss > min_samples) & (num_losses >= 4)
         is_due = is_new & is_enough
         step = jnp.asarray(optax.safe_increment(state.step))
-        test = functools.partial(run_test, self.loss_test, losses, num_losses)
-        result = jax.lax.cond(
-            is_due, lambda: test(step, state.num_drops), lambda: search.loss_test
+        assert search.loss_test is not None
+        result = test_if(
+            is_due,
+            self.loss_test,
+            search.loss_test,
+            losses,
+            num_losses,
+            step,
+            state.num_drops,
         )
         ended = is_due & result.stationary
         return search._replace(
@@ -398,6 +404,7 @@ class LineSearch:
             value: jax.typing.ArrayLike | None = None,
             value_fn: Callable[..., Any] | None = None,
             coupled_decay: jax.typing.ArrayLike = 0.0,
+            with_direction: bool = False,
             **extra_args: Any,
         ) -> tuple[optax.Updates, ControllerState]:
             params = _checks.params(params, "The line search")
@@ -414,13 +421,14 @@ class LineSearch:
             steps_per_loss = self.search_interval if value is None else 1
             state = learn(state, found, jnp.asarray(steps_per_loss, jnp.int32))
             num_drops = state.num_drops
-            updates, state = self.controller.step(
-                updates, state, params, grad, value, coupled_decay, found.is_good
+            updates, direction, state = self.controller.step(
+                updates, state, params, grad, value, found.is_good
             )
             # A drop ends the search.
             search: LineSearchState = state.line_search
             is_active = search.line_search_active & (state.num_drops == num_drops)
             search = search._replace(line_search_active=is_active)
-            return updates, state._replace(line_search=search)
+            state = state._replace(line_search=search)
+            return (updates, direction) if with_direction else updates, state
 
         return _types.transformation(self.init, update)

@@ -49,10 +49,15 @@ def with_momentum(
         direction, trace = qhm_step(grads, state.trace, momentum, nu, restart)
         # The decay is left to those who need it: a line search, which ends, would
         # otherwise have the sum of the two written to memory for good.
-        extra_args |= {"grad": updates, "coupled_decay": weight_decay}
-        updates, controlled = controller.update(
+        extra_args |= {
+            "grad": updates,
+            "coupled_decay": weight_decay,
+            "with_direction": True,
+        }
+        (updates, used), controlled = controller.update(
             direction, state.controller, params, **extra_args
         )
-        return updates, SasaState(trace, controlled)
+        # What the controller computed is kept, or XLA would compute it once more.
+        return updates, SasaState(used if direction is trace else trace, controlled)
 
     return _types.transformation(init, update)

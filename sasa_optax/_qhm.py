@@ -37,7 +37,7 @@ def qhm_step(
 ) -> tuple[optax.Updates, optax.Updates]:
     """The direction d_k and the trace h_k; ``restart`` forgets h_{k-1} in passing."""
     decay = jnp.where(restart, 0.0, momentum)
-    if isinstance(momentum, int | float) and momentum == 0:
+    if _checks.is_zero(momentum):
         # Nothing is remembered: zero times what is not finite would be, too.
         trace = jax.tree.map(jnp.zeros_like, grads)
     trace = _tree.linear_combination(1 - momentum, grads, decay, trace)
@@ -54,7 +54,7 @@ def add_coupled_decay(
     params: optax.Params | None,
 ) -> optax.Updates:
     """The gradient of the loss plus (weight_decay/2) ||x||^2."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if _checks.is_zero(weight_decay):
         return grads
     params = _checks.params(params, "weight_decay")
     return _tree.linear_combination(1.0, grads, weight_decay, params)
@@ -67,7 +67,7 @@ def coupled_decay_loss(
     axis_name: _tree.AxisName = None,
 ) -> jax.typing.ArrayLike:
     """(weight_decay/2) ||x||^2, what `add_coupled_decay` adds the gradient of."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if _checks.is_zero(weight_decay):
         return 0.0
     squared_norm = _tree.squared_norm(params, dtype, axis_name)
     return jnp.asarray(weight_decay, dtype) / 2 * squared_norm

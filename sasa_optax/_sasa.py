@@ -360,7 +360,7 @@ def sasa(
     """
     controller = Controller(
         learning_rate=learning_rate,
-        statistic=yaida_statistic(momentum),
+        statistic=yaida_statistic(momentum, weight_decay),
         test=EquivalenceTest(delta, significance, variance),
         factor=factor,
         leak_ratio=leak_ratio,

@@ -22,8 +22,9 @@ class Transition(NamedTuple):
         parameter before its update in place; prefer ``new_params``.
       new_params: x_{k+1}, the parameters after the step.
       direction: d_k, before the learning rate and the minus sign.
-      grad: the gradient, with coupled weight decay; where the transformation is chained
-        after others, the extra argument ``grad``, or ``direction`` if there is none.
+      grad: the gradient, without coupled weight decay; where the transformation is
+        chained after others, the extra argument ``grad``, or ``direction`` if there is
+        none.
       learning_rate: the rate of this step, shape (), in the dtype of statistics:
         float64 if a parameter is double precision, else float32.
       value: the extra argument ``value`` of ``update`` (the loss), or None.
@@ -85,27 +86,42 @@ def master_statistic(transition: Transition) -> Sample:
     return Sample(x_dot_d + half_step, half_step)
 
 
-def yaida_statistic(momentum: jax.typing.ArrayLike = 0.9) -> Statistic:
+def yaida_statistic(
+    momentum: jax.typing.ArrayLike = 0.9, weight_decay: jax.typing.ArrayLike = 0.0
+) -> Statistic:
     """The statistic of SASA, mean zero at the stationarity of normalised momentum.
 
     z_k = <x_k, g_k> - v_k with v_k = (alpha/2) (1 + beta)/(1 - beta) ||d_k||^2, from
     Yaida's fluctuation-dissipation relation. Its scale is v_k. It holds for SGD whose
-    direction is d_k = (1 - beta) g_k + beta d_{k-1}, and for no other.
+    direction is d_k = (1 - beta) g_k + beta d_{k-1}, and for no other. With coupled
+    weight decay lambda, g_k includes lambda x_k.
 
     Args:
-      momentum: beta, in [0, 1).
+      momentum: beta, in [0, 1). Default 0.9.
+      weight_decay: lambda, in [0, inf). Default 0.0.
     """
     _checks.number("momentum", momentum, "[0, 1)")
+    _checks.number("weight_decay", weight_decay, "[0, inf)")
 
     def statistic(transition: Transition) -> Sample:
         t = transition
-        dissipation = (1 + momentum) / (1 - momentum)
-        new_x_dot_g, d_dot_g, d_dot_d = t.inner_products(
-            (t.new_params, t.grad), (t.direction, t.grad), (t.direction, t.direction)
-        )
-        v = dissipation * t.learning_rate / 2 * d_dot_d
-        # <x_k, g_k>, without reading the x_k that x_{k+1} is about to overwrite.
-        x_dot_g = new_x_dot_g + t.learning_rate * d_dot_g
+        rate, dissipation = t.learning_rate, (1 + momentum) / (1 - momentum)
+        pairs = [
+            (t.new_params, t.grad),
+            (t.direction, t.grad),
+            (t.direction, t.direction),
+        ]
+        has_decay = not _checks.is_zero(weight_decay)
+        if has_decay:
+            pairs += [(t.new_params, t.direction), (t.new_params, t.new_params)]
+        new_x_dot_g, d_dot_g, d_dot_d, *more = t.inner_products(*pairs)
+        v = dissipation * rate / 2 * d_dot_d
+        # With x_k = x_{k+1} + rate * d_k, as the step is about to overwrite x_k.
+        x_dot_g = new_x_dot_g + rate * d_dot_g
+        if has_decay:
+            new_x_dot_d, new_x_dot_new_x = more
+            x_dot_x = new_x_dot_new_x + 2 * rate * new_x_dot_d + rate**2 * d_dot_d
+            x_dot_g += jnp.asarray(weight_decay, rate.dtype) * x_dot_x
         return Sample(x_dot_g - v, v)
 
     return statistic
@@ -130,7 +146,7 @@ def loss_statistic(weight_decay: jax.typing.ArrayLike = 0.0) -> Statistic:
                 "`updates, state = optimizer.update(grads, state, params, value=loss)`."
             )
         loss = jnp.asarray(t.value).astype(t.learning_rate.dtype)
-        if isinstance(weight_decay, int | float) and weight_decay == 0:
+        if _checks.is_zero(weight_decay):
             return Sample(loss)
         decay = jnp.asarray(weight_decay, loss.dtype) / 2
         return Sample(loss + decay * t.squared_norm(t.new_params))
