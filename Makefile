@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 # Two workers: what the smallest machines have.
 WORKERS ?= 2
 
-.PHONY: demo test check pytest matrix test-slow test-oldest calibration docs clean
+.PHONY: demo test check pytest matrix test-slow test-one-device \
+	test-oldest calibration bench docs clean
 
 demo: $(VENV)/.examples  ## Train on real data; ends with a table and a picture.
 	$(BIN)/python examples/digits.py --out demo
@@ -25,6 +26,12 @@ matrix: $(VENV)/.dev  ## The table of docs/everywhere.md.
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS) -m "not example"
 
+# On a CPU with one device the leaves are computed in sequence; among eight they are not.
+test-one-device: $(VENV)/.dev  ## The tests that need no more, on a single device.
+	NUM_DEVICES=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "" \
+		tests/test_controller.py tests/test_everywhere.py tests/test_fuzz.py \
+		tests/test_golden.py tests/test_line_search.py tests/test_statistics.py
+
 # The lower bounds of pyproject.toml. Flax, Orbax, Equinox, NumPyro have later ones.
 test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supported.
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not example" \
@@ -34,11 +41,16 @@ test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supp
 calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
 	$(BIN)/python benchmarks/calibration.py
 
+# PyTorch has an environment of its own, as statopt is compared on what it runs on.
+bench: $(VENV)/.dev .venv-statopt/.statopt  ## The tables and picture of docs/performance.md.
+	$(BIN)/python benchmarks/performance.py --publish \
+		--statopt-python .venv-statopt/bin/python
+
 docs: $(VENV)/.docs  ## The documentation, into site/.
 	$(BIN)/sphinx-build -q -W docs site
 
 clean:
-	rm -rf .venv .venv-oldest demo site
+	rm -rf .venv .venv-oldest .venv-statopt demo site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,6 +59,14 @@ $(VENV)/bin/python:
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+.venv-statopt/.statopt:
+	$(PYTHON) -m venv .venv-statopt
+	.venv-statopt/bin/python -m pip install -q --disable-pip-version-check \
+		numpy scipy torch==2.13.0
+	.venv-statopt/bin/python -m pip install -q --disable-pip-version-check \
+		--no-deps statopt==0.2
 	touch $@
 
 .venv-oldest/.oldest: pyproject.toml tests/oldest.txt

@@ -328,7 +328,8 @@ class Controller:
         """
         base, rate = self.rates(state)
         is_good, row = jnp.asarray(is_good), jnp.zeros((0,), state.scale.dtype)
-        if self.test is not None:
+        sums = self.test is not None and getattr(self.statistic, "uses_direction", True)
+        if sums:
             direction, always = _tree.in_sequence(direction, params, rate, state.step)
             is_good &= always
         updates = _tree.scale(-rate, direction)

@@ -74,16 +74,20 @@ class MeanEstimate(NamedTuple):
     dof: jax.Array
 
 
-def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    # Relative to the first value, so that the mean of a constant is exactly that, and
-    # values that do not vary are seen not to.
-    count = jnp.sum(mask).astype(values.dtype)
-    offsets = jnp.where(mask, values - values[0], 0)
-    return values[0] + jnp.sum(offsets) / jnp.maximum(count, 1)
-
-
 def _in_window(values: jax.Array, num_samples: jax.Array) -> jax.Array:
     return jnp.arange(values.size, dtype=jnp.int32) < num_samples
+
+
+def _mean(
+    values: jax.Array, stop: jax.Array, start: jax.typing.ArrayLike = 0
+) -> jax.Array:
+    """Of the values from ``start`` to ``stop``."""
+    # Relative to the first value, so that the mean of a constant is exactly that, and
+    # values that do not vary are seen not to.
+    mask = _in_window(values, stop) & ~_in_window(values, jnp.asarray(start))
+    offsets = jnp.where(mask, values - values[0], 0)
+    count = jnp.maximum(stop - start, 1).astype(values.dtype)
+    return values[0] + jnp.sum(offsets) / count
 
 
 def _integer_sqrt(n: jax.Array) -> jax.Array:
@@ -156,7 +160,7 @@ def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstima
     _checks.choice("variance", variance, tuple(_VARIANCES))
     n = jnp.maximum(samples.num_samples, 4)
     mask = _in_window(samples.values, n)
-    mean = _masked_mean(samples.values, mask)
+    mean = _mean(samples.values, n)
     centred = jnp.where(mask, samples.values - mean, 0)
     sigma_squared, dof = _VARIANCES[variance](centred, n)
     dtype = samples.values.dtype
@@ -206,10 +210,9 @@ class ZeroMeanTest:
     def __call__(self, samples: Samples) -> TestResult:
         estimate = estimate_mean(samples, self.variance)
         half_width = _half_width(self.significance, estimate)
-        in_window = _in_window(samples.values, samples.num_samples)
-        is_older = _in_window(samples.values, samples.num_samples // 2)
-        older = _masked_mean(samples.values, is_older)
-        newer = _masked_mean(samples.values, in_window & ~is_older)
+        half = samples.num_samples // 2
+        older = _mean(samples.values, half)
+        newer = _mean(samples.values, samples.num_samples, start=half)
 
         means = jnp.stack([older, newer, estimate.mean])
         p_values = _two_sided_p_value(means, estimate)
@@ -264,9 +267,8 @@ class EquivalenceTest:
         assert samples.scales is not None
         estimate = estimate_mean(samples, self.variance)
         half_width = _half_width(self.significance, estimate)
-        in_window = _in_window(samples.scales, samples.num_samples)
         delta = jnp.asarray(self.delta, estimate.mean.dtype)
-        tolerance = delta * _masked_mean(samples.scales, in_window)
+        tolerance = delta * _mean(samples.scales, samples.num_samples)
         margin = tolerance - jnp.abs(estimate.mean)
         p_value = jnp.where(margin > 0, _two_sided_p_value(margin, estimate), 1)
         return TestResult(
@@ -312,8 +314,8 @@ class SlopeTest:
             # log(first + x) less log(first): the digits that differ late in a run.
             first = jnp.maximum(samples.step - n + 1, 1)
             x = jnp.log1p(x / first.astype(dtype))
-        x = jnp.where(mask, x - _masked_mean(x, mask), 0)
-        y = jnp.where(mask, samples.values - _masked_mean(samples.values, mask), 0)
+        x = jnp.where(mask, x - _mean(x, n), 0)
+        y = jnp.where(mask, samples.values - _mean(samples.values, n), 0)
         sxx, sxy, syy = jnp.sum(x * x), jnp.sum(x * y), jnp.sum(y * y)
         slope = sxy / sxx
         dof = (n - 2).astype(dtype)

@@ -1,9 +1,12 @@
 """What is recorded at each step: one number whose mean is zero at stationarity.
 
 A statistic is a function from a `Transition` to a `Sample`. Under jit it costs what it
-reads: the trees that it leaves alone are never computed.
+reads: the trees that it leaves alone are never computed. One that does not read the
+direction may say so with an attribute ``uses_direction = False``: on a CPU the step is
+then not arranged around sums over it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,6 +130,25 @@ def yaida_statistic(
     return statistic
 
 
+@dataclasses.dataclass(frozen=True)
+class _LossStatistic:
+    weight_decay: jax.typing.ArrayLike
+    uses_direction = False
+
+    def __call__(self, transition: Transition) -> Sample:
+        t = transition
+        if t.value is None:
+            raise ValueError(
+                "The loss is needed as the extra argument `value`: call "
+                "`updates, state = optimizer.update(grads, state, params, value=loss)`."
+            )
+        loss = jnp.asarray(t.value).astype(t.learning_rate.dtype)
+        if _checks.is_zero(self.weight_decay):
+            return Sample(loss)
+        decay = jnp.asarray(self.weight_decay, loss.dtype) / 2
+        return Sample(loss + decay * t.squared_norm(t.new_params))
+
+
 def loss_statistic(weight_decay: jax.typing.ArrayLike = 0.0) -> Statistic:
     """The statistic of SLOPE: the loss, from the extra argument ``value``.
 
@@ -137,18 +159,4 @@ def loss_statistic(weight_decay: jax.typing.ArrayLike = 0.0) -> Statistic:
       weight_decay: lambda, in [0, inf). Default 0.0.
     """
     _checks.number("weight_decay", weight_decay, "[0, inf)")
-
-    def statistic(transition: Transition) -> Sample:
-        t = transition
-        if t.value is None:
-            raise ValueError(
-                "The loss is needed as the extra argument `value`: call "
-                "`updates, state = optimizer.update(grads, state, params, value=loss)`."
-            )
-        loss = jnp.asarray(t.value).astype(t.learning_rate.dtype)
-        if _checks.is_zero(weight_decay):
-            return Sample(loss)
-        decay = jnp.asarray(weight_decay, loss.dtype) / 2
-        return Sample(loss + decay * t.squared_norm(t.new_params))
-
-    return statistic
+    return _LossStatistic(weight_decay)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtr, ndtri
+from jax.scipy.special import ndtri
 
 # The quadrature is exact to 1e-14 up to here, Hill's expansion to 1e-10 from here on.
 # `jax.scipy.special.betainc` would do for the former, but takes half a second to
@@ -50,7 +50,8 @@ def _upper_tail(t: jax.Array, dof: jax.Array) -> jax.Array:
     # With T = sqrt(dof) / tan(u) the density of u is sin(u)^(dof - 1) but for a factor.
     integral = _sine_integral(jnp.arctan2(jnp.sqrt(few), t), few)
     exact = 0.5 * integral / _whole_sine_integral(few)
-    hill = ndtr(-_normal_deviate(t, jnp.maximum(dof, _HILL_FROM)))
+    z = _normal_deviate(t, jnp.maximum(dof, _HILL_FROM))
+    hill = 0.5 * jax.lax.erfc(z * 0.5**0.5)
     return jnp.where(dof < _HILL_FROM, exact, hill)
 
 

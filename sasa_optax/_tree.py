@@ -1,5 +1,6 @@
 """Arithmetic over parameter trees that neither truncates nor changes a type."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import optax
 AxisName = str | tuple[str, ...] | None
 
 # What is computed together on a CPU: more than the cost of a dispatch, less than a
-# cache. Between 1 and 4 MB makes little difference.
-_GROUP_BYTES = 2_000_000
+# cache. Between 1 and 4 MB makes little difference. A cache's worth needs no groups.
+_GROUP_BYTES, _CACHE_BYTES = 2_000_000, 8_000_000
 
 
 def statistic_dtype(params: optax.Params) -> jnp.dtype:
@@ -140,6 +141,8 @@ def in_sequence(
     if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return direction, jnp.ones((), bool)
     one = jnp.where(step < 0, jnp.zeros_like(rate), 1)
+    total = sum(d.nbytes for d in jax.tree.leaves(direction))
+    group_bytes = _GROUP_BYTES if total > _CACHE_BYTES else math.inf
     group: list[tuple[optax.Params, jax.Array]] = []
 
     def compute(d: jax.Array, x: jax.Array) -> jax.Array:
@@ -148,12 +151,11 @@ def in_sequence(
             return d
         d = d / one.astype(d.dtype)
         group.append((optax.apply_updates(x, scale(-rate, d)), d))
-        if sum(d.nbytes for _, d in group) >= _GROUP_BYTES:
+        if sum(d.nbytes for _, d in group) >= group_bytes:
             # The sums of `master_statistic`: where that is recorded, they cost nothing.
             new_xs, ds = zip(*group, strict=True)
-            new_x_dot_d, d_dot_d = inner_products([(new_xs, ds), (ds, ds)], rate.dtype)
-            never = jnp.where(d_dot_d < 0, new_x_dot_d, 0)
-            one = jax.lax.stop_gradient(one + never)
+            sums = inner_products([(new_xs, ds), (ds, ds)], rate.dtype)
+            one = jnp.where(step < 0, jax.lax.stop_gradient(sum(sums)), one)
             group.clear()
         return d
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-NUM_DEVICES = 8
+NUM_DEVICES = int(os.environ.get("NUM_DEVICES", "8"))
 
 # Our fixtures set up nothing that one example could leave behind for the next.
 _SHARED = {

@@ -1,0 +1,119 @@
+"""What XLA makes of the update: memory traffic, temporaries, compilations.
+
+How long that takes is for `benchmarks/performance.py`; no test here is timed.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from optimizers import ALL
+
+import sasa_optax
+
+# Before JAX 0.10 XLA on CPU laid out the operands of a sum once more.
+_lays_out_once = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA of this JAX copies what it sums over"
+)
+
+
+@pytest.fixture(scope="module")
+def one_device() -> dict[str, Any]:
+    script = pathlib.Path(__file__).with_name("one_device.py")
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    process = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+# As shares of the parameters. What momentum's statistics need is the window, laid out
+# in order for the test; what Adam's do is the update of two megabytes' worth of leaves.
+@_lays_out_once
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("sasa_plus", 0.01),
+        ("sasa_plus, decay", 0.01),
+        ("sasa", 0.01),
+        ("sasa, decay", 0.01),
+        ("slope", 0.01),
+        ("sasa_plus, nu", 0.1),
+        ("adamw, reduced", 0.1),
+        ("adam, scale_by_sasa_plus", 0.1),
+    ],
+)
+def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None:
+    assert one_device["compiled"][name]["temporary"] < most
+
+
+# Beyond the plain optimizer's, in reads and writes of all parameters: <x', d> is two
+# and <d, d> one; <x', g> and <d, g> two each, ||x'||^2 one. A coupled decay reads x_k.
+# A direction that was not in memory is written, and read for the update, and what it
+# is made of is read by itself.
+@_lays_out_once
+@pytest.mark.parametrize(
+    ("name", "plain", "most"),
+    [
+        ("sasa_plus", "sgd", 3),
+        ("sasa_plus, decay", "sgd", 3 + 1),
+        ("sasa", "sgd", 3 + 4),
+        ("sasa, decay", "sgd", 3 + 4 + 1 + 1),
+        ("slope", "sgd", 0),
+        ("adamw, reduced", "adamw", 3 + 3),
+    ],
+)
+def test_passes_over_the_parameters(
+    one_device: dict[str, Any], name: str, plain: str, most: int
+) -> None:
+    compiled = one_device["compiled"]
+    added = compiled[name]["passes"] - compiled[plain]["passes"]
+    # The window and the test, which have nothing to do with the parameters.
+    assert added < most + 0.2
+
+
+def test_computed_in_sequence_the_numbers_are_the_same(
+    one_device: dict[str, Any],
+) -> None:
+    assert one_device["num_drops"] > 0
+    assert one_device["difference"] < 1e-4
+
+
+def test_computed_in_sequence_a_bad_leaf_harms_no_other(
+    one_device: dict[str, Any],
+) -> None:
+    assert one_device["finite"] == {"a": False, "b": True, "c": True, "d": True}
+
+
+def test_a_population_tests_only_when_a_member_must() -> None:
+    """What `jax.vmap` makes of `jax.lax.cond` would test all of them at each step."""
+    calls = []
+
+    def counting(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+        jax.debug.callback(lambda step: calls.append(int(step)), samples.step)
+        return sasa_optax.TestResult(mean=samples.values[0])
+
+    optimizer = sasa_optax.sasa_plus(0.1, test=counting, min_samples=4, test_interval=8)
+    params = jnp.ones((3, 2))
+    state = jax.vmap(optimizer.init)(params)
+    update = jax.jit(jax.vmap(optimizer.update))
+    for _ in range(80):
+        _, state = update(params, state, params)
+    jax.effects_barrier()
+    assert sorted(calls) == sorted(3 * [40, 48, 56, 64, 72, 80])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_state_is_small(name: str) -> None:
+    """A window of 16384 numbers each for samples, scales and losses, at most two."""
+    params = jnp.zeros(1000)
+    state = jax.eval_shape(ALL[name]().init, params)
+    leaves = [x for x in jax.tree.leaves(state) if x.shape != params.shape]
+    assert sum(x.size * x.dtype.itemsize for x in leaves) < 150_000
