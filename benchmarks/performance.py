@@ -432,6 +432,10 @@ def training_steps(
 MODEL_CASES = [SASA_PLUS, SASA, SEARCHING, SWITCHED, REDUCED]
 
 
+def megabytes_more(base: Steps, steps: Steps) -> float:
+    return (steps.temporary_bytes() - base.temporary_bytes()) / 1e6
+
+
 def bench_models(rounds: int) -> Iterator[Row]:
     for name, (make_model, make_batch, _) in MODELS.items():
         batch = make_batch()
@@ -446,6 +450,7 @@ def bench_models(rounds: int) -> Iterator[Row]:
                 "case": case.name,
                 "baseline": case.baseline,
                 **timed,
+                "temporary_mb": megabytes_more(base, steps),
             }
 
 
@@ -460,6 +465,7 @@ def bench_own(where: str, rounds: int) -> Iterator[Row]:
         "case": "reduce_on_stationarity",
         "baseline": "yours",
         **beside(base.seconds, steps.seconds, rounds),
+        "temporary_mb": megabytes_more(base, steps),
     }
 
 
@@ -529,6 +535,8 @@ def columns_of(row: Row) -> dict[str, str]:
         }
     cells = {"parameters": row["tree"], **cells}
     cells |= {"ms": f"{row['ms']:.3g}", "ratio": ratio_cell(row)}
+    if row["section"] == "model":
+        return cells | {"temporary memory, MB more": f"{row['temporary_mb']:.1f}"}
     if row["section"] == "optimizer":
         known = "temporary" in row
         temporary = f"{100 * row['temporary']:.1f} %" if known else ""
