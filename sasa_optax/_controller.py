@@ -18,6 +18,7 @@ from sasa_optax._statistics import (
     Sample,
     Statistic,
     Transition,
+    master_pairs,
     master_statistic,
 )
 
@@ -313,6 +314,25 @@ class Controller:
             window=_window.clear(state.window, drop),
         )
 
+    def _in_sequence(
+        self,
+        direction: optax.Updates,
+        params: optax.Params,
+        grad: optax.Updates | None,
+        rate: jax.Array,
+        step: jax.Array,
+    ) -> tuple[optax.Updates, jax.Array]:
+        """The direction arranged around the sums that the statistic takes over it."""
+        pairs = getattr(self.statistic, "pairs", master_pairs)
+
+        def sums(params: list, direction: list, grad: list) -> list[jax.Array]:
+            updates = _tree.scale(-rate, direction)
+            new_params = optax.apply_updates(params, updates)
+            some = Transition(params, new_params, direction, grad, rate, None)
+            return some.inner_products(*pairs(some))
+
+        return _tree.in_sequence(direction, params, grad, sums, rate, step)
+
     def step(
         self,
         direction: optax.Updates,
@@ -328,12 +348,14 @@ class Controller:
         """
         base, rate = self.rates(state)
         is_good, row = jnp.asarray(is_good), jnp.zeros((0,), state.scale.dtype)
-        sums = self.test is not None and getattr(self.statistic, "uses_direction", True)
-        if sums:
-            direction, always = _tree.in_sequence(direction, params, rate, state.step)
+        if self.test is None:
+            updates = _tree.scale(-rate, direction)
+        else:
+            direction, always = self._in_sequence(
+                direction, params, grad, rate, state.step
+            )
             is_good &= always
-        updates = _tree.scale(-rate, direction)
-        if self.test is not None:
+            updates = _tree.scale(-rate, direction)
             transition = Transition(
                 params=params,
                 # As the caller will compute them, so that XLA merges the two.

@@ -1,9 +1,9 @@
 """What is recorded at each step: one number whose mean is zero at stationarity.
 
 A statistic is a function from a `Transition` to a `Sample`. Under jit it costs what it
-reads: the trees that it leaves alone are never computed. One that does not read the
-direction may say so with an attribute ``uses_direction = False``: on a CPU the step is
-then not arranged around sums over it.
+reads: the trees that it leaves alone are never computed. It may have an attribute
+``pairs``, a function from a `Transition` to the pairs of trees whose inner products it
+takes, of which one is the direction: on a CPU the step is then arranged around these.
 """
 
 import dataclasses
@@ -72,6 +72,11 @@ class Sample(NamedTuple):
 
 
 Statistic = Callable[[Transition], Sample]
+Pairs = list[tuple[optax.Params, optax.Params]]
+
+
+def master_pairs(t: Transition) -> Pairs:
+    return [(t.new_params, t.direction), (t.direction, t.direction)]
 
 
 def master_statistic(transition: Transition) -> Sample:
@@ -82,11 +87,39 @@ def master_statistic(transition: Transition) -> Sample:
     is v_k = (alpha/2) ||d_k||^2.
     """
     t = transition
-    x_dot_d, d_dot_d = t.inner_products(
-        (t.new_params, t.direction), (t.direction, t.direction)
-    )
+    x_dot_d, d_dot_d = t.inner_products(*master_pairs(t))
     half_step = t.learning_rate / 2 * d_dot_d
     return Sample(x_dot_d + half_step, half_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _YaidaStatistic:
+    momentum: jax.typing.ArrayLike
+    weight_decay: jax.typing.ArrayLike
+
+    def pairs(self, t: Transition) -> Pairs:
+        pairs = [
+            (t.direction, t.direction),
+            (t.direction, t.grad),
+            (t.new_params, t.grad),
+        ]
+        if not _checks.is_zero(self.weight_decay):
+            pairs += [(t.new_params, t.direction), (t.new_params, t.new_params)]
+        return pairs
+
+    def __call__(self, transition: Transition) -> Sample:
+        rate = transition.learning_rate
+        products = transition.inner_products(*self.pairs(transition))
+        d_dot_d, d_dot_g, new_x_dot_g, *more = products
+        dissipation = (1 + self.momentum) / (1 - self.momentum)
+        v = dissipation * rate / 2 * d_dot_d
+        # With x_k = x_{k+1} + rate * d_k, as the step is about to overwrite x_k.
+        x_dot_g = new_x_dot_g + rate * d_dot_g
+        if more:
+            new_x_dot_d, new_x_dot_new_x = more
+            x_dot_x = new_x_dot_new_x + 2 * rate * new_x_dot_d + rate**2 * d_dot_d
+            x_dot_g += jnp.asarray(self.weight_decay, rate.dtype) * x_dot_x
+        return Sample(x_dot_g - v, v)
 
 
 def yaida_statistic(
@@ -105,35 +138,16 @@ def yaida_statistic(
     """
     _checks.number("momentum", momentum, "[0, 1)")
     _checks.number("weight_decay", weight_decay, "[0, inf)")
-
-    def statistic(transition: Transition) -> Sample:
-        t = transition
-        rate, dissipation = t.learning_rate, (1 + momentum) / (1 - momentum)
-        pairs = [
-            (t.new_params, t.grad),
-            (t.direction, t.grad),
-            (t.direction, t.direction),
-        ]
-        has_decay = not _checks.is_zero(weight_decay)
-        if has_decay:
-            pairs += [(t.new_params, t.direction), (t.new_params, t.new_params)]
-        new_x_dot_g, d_dot_g, d_dot_d, *more = t.inner_products(*pairs)
-        v = dissipation * rate / 2 * d_dot_d
-        # With x_k = x_{k+1} + rate * d_k, as the step is about to overwrite x_k.
-        x_dot_g = new_x_dot_g + rate * d_dot_g
-        if has_decay:
-            new_x_dot_d, new_x_dot_new_x = more
-            x_dot_x = new_x_dot_new_x + 2 * rate * new_x_dot_d + rate**2 * d_dot_d
-            x_dot_g += jnp.asarray(weight_decay, rate.dtype) * x_dot_x
-        return Sample(x_dot_g - v, v)
-
-    return statistic
+    return _YaidaStatistic(momentum, weight_decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class _LossStatistic:
     weight_decay: jax.typing.ArrayLike
-    uses_direction = False
+
+    def pairs(self, transition: Transition) -> Pairs:
+        del transition
+        return []
 
     def __call__(self, transition: Transition) -> Sample:
         t = transition

@@ -1,7 +1,7 @@
 """Arithmetic over parameter trees that neither truncates nor changes a type."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +122,8 @@ def inner_product(
 def in_sequence(
     direction: optax.Updates,
     params: optax.Params,
+    grad: optax.Updates | None,
+    sums: Callable[[list, list, list], list[jax.Array]],
     rate: jax.Array,
     step: jax.Array,
 ) -> tuple[optax.Updates, jax.Array]:
@@ -132,8 +134,8 @@ def in_sequence(
     computes for the update and again for the sums, beside a copy of the parameters. So
     each leaf is divided by a one that XLA cannot know to be one: a quotient is not
     computed twice. And the one of the leaves that follow, after some megabytes, is made
-    from the sums over those before. The last one must be used, which is what the scalar
-    is for.
+    from the ``sums`` over the parameters, directions and gradients of those before. The
+    last one must be used, which is what the scalar is for.
 
     Accelerators fuse the sums with the update. Among several devices each of these
     groups would wait for a collective over the one before.
@@ -143,23 +145,23 @@ def in_sequence(
     one = jnp.where(step < 0, jnp.zeros_like(rate), 1)
     total = sum(d.nbytes for d in jax.tree.leaves(direction))
     group_bytes = _GROUP_BYTES if total > _CACHE_BYTES else math.inf
-    group: list[tuple[optax.Params, jax.Array]] = []
+    group: list[tuple[jax.Array, jax.Array, jax.Array]] = []
 
-    def compute(d: jax.Array, x: jax.Array) -> jax.Array:
+    def compute(d: jax.Array, x: jax.Array, g: jax.Array | None = None) -> jax.Array:
         nonlocal one
         if not jnp.issubdtype(d.dtype, jnp.floating):
             return d
         d = d / one.astype(d.dtype)
-        group.append((optax.apply_updates(x, scale(-rate, d)), d))
-        if sum(d.nbytes for _, d in group) >= group_bytes:
-            # The sums of `master_statistic`: where that is recorded, they cost nothing.
-            new_xs, ds = zip(*group, strict=True)
-            sums = inner_products([(new_xs, ds), (ds, ds)], rate.dtype)
-            one = jnp.where(step < 0, jax.lax.stop_gradient(sum(sums)), one)
+        group.append((x, d, d if g is None else g))
+        if sum(d.nbytes for _, d, _ in group) >= group_bytes:
+            used = sums(*map(list, zip(*group, strict=True)))
+            never = jax.lax.stop_gradient(sum(used, jnp.zeros_like(rate)))
+            one = jnp.where(step < 0, never, one)
             group.clear()
         return d
 
-    direction = jax.tree.map(compute, direction, params)
+    trees = (params,) if grad is None else (params, grad)
+    direction = jax.tree.map(compute, direction, *trees)
     return direction, one > 0
 
 

@@ -55,7 +55,7 @@ def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None
 
 
 # Beyond the plain optimizer's, in reads and writes of all parameters: <x', d> is two
-# and <d, d> one; <x', g> and <d, g> two each, ||x'||^2 one. A coupled decay reads x_k.
+# and <d, d> one; <x', g> and <d, g> two each; ||x'||^2 one. A coupled decay reads x_k.
 # A direction that was not in memory is written, and read for the update, and what it
 # is made of is read by itself.
 @_lays_out_once
@@ -64,8 +64,8 @@ def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None
     [
         ("sasa_plus", "sgd", 3),
         ("sasa_plus, decay", "sgd", 3 + 1),
-        ("sasa", "sgd", 3 + 4),
-        ("sasa, decay", "sgd", 3 + 4 + 1 + 1),
+        ("sasa", "sgd", 5),
+        ("sasa, decay", "sgd", 5 + 3 + 1),
         ("slope", "sgd", 0),
         ("adamw, reduced", "adamw", 3 + 3),
     ],
