@@ -17,6 +17,8 @@ from optimizers import ALL
 
 import sasa_optax
 
+_ROOT = pathlib.Path(__file__).parent.parent
+
 # Before JAX 0.10 XLA on CPU laid out the operands of a sum once more.
 _lays_out_once = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="XLA of this JAX copies what it sums over"
@@ -90,6 +92,21 @@ def test_computed_in_sequence_a_bad_leaf_harms_no_other(
     one_device: dict[str, Any],
 ) -> None:
     assert one_device["finite"] == {"a": False, "b": True, "c": True, "d": True}
+
+
+@pytest.mark.example
+def test_the_guide_measures_a_model_of_ones_own(tmp_path: pathlib.Path) -> None:
+    page = (_ROOT / "docs" / "performance.md").read_text()
+    module = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "my_training.py").write_text(module)
+    command = [sys.executable, _ROOT / "benchmarks" / "performance.py"]
+    arguments = ["--own", "my_training:make_step", "--rounds", "3"]
+    process = subprocess.run(
+        [*command, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert "my_training:make_step" in process.stdout
+    assert "reduce_on_stationarity" in process.stdout
 
 
 def test_a_population_tests_only_when_a_member_must() -> None:
