@@ -38,6 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Matrix(action))
 
 
+@pytest.fixture(autouse=True)
+def _little_optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The many tests of docs/everywhere.md ask what XLA computes, not how well."""
+    is_one_of_many = request.node.get_closest_marker("environment") is not None
+    jax.config.update("jax_disable_most_optimizations", is_one_of_many)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _enable_x64() -> AbstractContextManager[None]:
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
