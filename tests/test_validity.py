@@ -1,0 +1,310 @@
+"""The closed form of benchmarks/validity.py against simulation, and its bookkeeping."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+import sasa_optax
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "validity.py"
+
+
+@pytest.fixture(scope="module")
+def validity() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("validity", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up there.
+    sys.modules["validity"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(validity: ModuleType, momentum: float) -> Any:
+    return validity.Quadratic(
+        "small", dimension=3, condition=4.0, relaxation=15.0, momentum=momentum
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_stationary_covariance_solves_its_equation(
+    validity: ModuleType, momentum: float
+) -> None:
+    law = small(validity, momentum).law
+    drive = (1 - momentum) * np.array([-law.rate, 1.0])
+    for matrix, covariance in zip(law.recursion, law.covariance, strict=True):
+        noise = np.outer(drive, drive)
+        expected = scipy.linalg.solve_discrete_lyapunov(matrix, noise)
+        np.testing.assert_allclose(covariance, expected, rtol=1e-9)
+        powers = [np.linalg.matrix_power(matrix, k) for k in range(2000)]
+        series = sum(power @ noise @ power.T for power in powers)
+        np.testing.assert_allclose(covariance, series, rtol=1e-9)
+
+
+def monte_carlo_losses(
+    cell: Any, cuts: list[int], factor: float, runs: int
+) -> list[np.ndarray]:
+    """The excess loss of each run of momentum SGD just before each cut."""
+    random, rate = np.random.default_rng(0), cell.rate
+    x = np.tile(cell.start, (runs, 1))
+    h, losses = np.zeros_like(x), []
+    for step in range(1, cuts[-1] + 1):
+        gradient = cell.eigenvalues * x + random.standard_normal(x.shape)
+        h = cell.momentum * h + (1 - cell.momentum) * gradient
+        x = x - rate * h
+        if step in cuts:
+            losses.append(np.sum(cell.eigenvalues * x**2, axis=1))
+            rate, h = factor * rate, np.zeros_like(h)
+    return losses
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_expected_excess_is_that_of_many_runs(
+    validity: ModuleType, momentum: float
+) -> None:
+    cell, runs = small(validity, momentum), 20_000
+    cuts, factor = [10, 45, 145], 0.5
+    expected = validity.Exact(cell).excess_at(cuts, factor)
+    law = cell.law
+    for losses, excess in zip(
+        monte_carlo_losses(cell, cuts, factor, runs), expected, strict=True
+    ):
+        unit = np.sum(law.eigenvalues * law.covariance[:, 0, 0])
+        error = np.std(losses) / unit / runs**0.5
+        assert abs(np.mean(losses) / unit - excess) < 4 * error
+        law = law.cut(factor)
+
+
+def test_what_is_simulated_is_what_is_computed(validity: ModuleType) -> None:
+    cell = dataclasses.replace(small(validity, 0.9), distance=3.0)
+    optimizer = sasa_optax.qhm(cell.rate, momentum=cell.momentum)
+    step = validity.steps_of(cell, optimizer)
+    params = validity.first_params(cell, 4000)
+    runs = params, jax.vmap(optimizer.init)(params)
+    params, _ = jax.jit(lambda runs: jax.lax.fori_loop(0, 30, step, runs))(runs)
+    moments = validity.start_moments(cell.start)
+    moments = cell.law.after(moments, 30)
+    mean, deviation = moments.mean[:, 0], moments.covariance[:, 0, 0] ** 0.5
+    offsets = np.asarray(params) - 3
+    np.testing.assert_allclose(np.mean(offsets, 0), mean, atol=4 * deviation[0] / 63)
+    np.testing.assert_allclose(np.std(offsets, 0), deviation, rtol=0.05)
+
+
+def test_heavy_noise_is_heavy_and_of_variance_one(validity: ModuleType) -> None:
+    draws = np.asarray(validity.draw("heavy", jax.random.key(0), (400_000,)))
+    # P(|t| > 6 sqrt(3)) for t with 3 degrees of freedom is 1.9e-3.
+    assert 0.0015 < np.mean(np.abs(draws) > 6) < 0.0023
+    quartile = 0.7648923 / 3**0.5
+    np.testing.assert_allclose(np.quantile(draws, 0.75), quartile, rtol=0.02)
+
+
+@pytest.mark.parametrize("relaxation", [150.0, 160.0, 170.0, 180.0, 190.0])
+def test_settled_is_the_first_step_that_is_near_stationary(
+    validity: ModuleType, relaxation: float
+) -> None:
+    cell = dataclasses.replace(small(validity, 0.9), relaxation=relaxation)
+    moments = validity.start_moments(cell.start)
+    after = (cell.law.excess(cell.law.after(moments, k)) for k in range(1000))
+    first = next(k for k, excess in enumerate(after) if excess <= validity.EARLY)
+    assert validity.Exact(cell).settled == first
+
+
+def test_possible_drops_are_those_of_brute_force(
+    validity: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validity, "SHORTEST", 0)
+    cell = small(validity, 0.9)
+    law, moments = cell.law, validity.start_moments(cell.start)
+    cuts = []
+    for step in range(1, cell.steps + 1):
+        moments = law.after(moments, 1)
+        if law.excess(moments) <= validity.EARLY:
+            cuts.append(step)
+            law, moments = law.cut(0.1), moments.without_momentum()
+    assert len(cuts) == 2
+    for cut, (before, at) in zip(cuts, [(0, 1), (1, 2)], strict=True):
+        for steps, possible in ((cut - 1, before), (cut, at)):
+            short = dataclasses.replace(cell, length=(steps + 0.5) / cell.relaxation)
+            assert validity.Exact(short).possible_drops(0.1) == possible
+
+
+def test_the_stationary_start_is_stationary(validity: ModuleType) -> None:
+    cell = dataclasses.replace(small(validity, 0.9), distance=3.0)
+    params, trace = validity.stationary_start(cell, 20_000)
+    both = np.stack([params - 3, trace], axis=-1)
+    got = np.einsum("rdi,rdj->dij", both, both) / 20_000
+    scale = np.sqrt(np.einsum("dii->di", cell.law.covariance))
+    scale = scale[:, :, None] * scale[:, None, :]
+    np.testing.assert_allclose(got / scale, cell.law.covariance / scale, atol=0.05)
+
+
+def test_intervals_hold_zero_at_stationarity_and_not_before(
+    validity: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stationary_start = validity.stationary_start
+
+    def half_of_them(cell: Any, runs: int) -> Any:
+        params, trace = stationary_start(cell, runs)
+        return params.at[: runs // 2].add(100.0), trace
+
+    monkeypatch.setattr(validity, "stationary_start", half_of_them)
+    monkeypatch.setattr(validity, "WINDOWS", (100, 200))
+    cell = dataclasses.replace(small(validity, 0.0), relaxation=2000.0)
+    row = validity.measure_coverage(cell, "yaida", 200)
+    assert list(row["coverage"]) == ["100", "200"]
+    # The true share is 0.93 of the half that is stationary.
+    assert all(0.4 < held <= 0.5 for held in row["coverage"].values())
+
+
+def test_early_drops_and_collapse_are_seen(
+    validity: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs which drop at once and collapse, and one that never drops."""
+    steps = np.array([[100, 200, 300], [100, 200, 300], [-1, -1, -1]])
+    runs = validity.Runs(steps, np.array([9, 9, 0]), np.array([9e-5, 9e-5, 1.0]))
+    monkeypatch.setattr(validity, "run_quadratic", lambda *_: runs)
+    cell = validity.Quadratic("small", dimension=3, relaxation=1000.0)
+    settled = validity.Exact(cell).settled
+    row = validity.measure_drops(cell, "zero_mean", 3)
+    assert row["possible"] == 2
+    assert row["early"] == row["collapsed"] == row["second"] == pytest.approx(2 / 3)
+    assert row["never"] == pytest.approx(1 / 3)
+    assert row["second_early"] == 1
+    assert row["delay"] == pytest.approx(3 * [0.1 - settled / 1000])
+    late = steps + np.where(steps > 0, settled, 0)
+    monkeypatch.setattr(validity, "run_quadratic", lambda *_: runs_at(runs, late))
+    row = validity.measure_drops(cell, "zero_mean", 3)
+    assert row["early"] == 0
+    assert row["second_early"] == 1
+
+
+def runs_at(runs: Any, steps: np.ndarray) -> Any:
+    return dataclasses.replace(runs, steps=steps)
+
+
+def test_a_series_falls_to_zero_when_it_says(validity: ModuleType) -> None:
+    cell = validity.Series("short", mean=50.0, trend=9000, steps=20_000)
+    seen = validity.Method(lambda: None, {"min_samples": 20, "test_interval": 50})
+    runs = validity.run_series(cell, seen, 8)
+    assert np.all(runs.steps[:, 0] >= 9000)
+    assert np.all(runs.drops >= 1)
+
+
+@pytest.mark.parametrize("name", ["sasa", "slope"])
+def test_each_method_is_the_library_s(validity: ModuleType, name: str) -> None:
+    """The settings for a chain make the same drops as the complete optimizer."""
+    # At so large a rate the samples of SASA vary little beside their scale.
+    cell = validity.Quadratic("fast", relaxation=20.0)
+    method = validity.METHODS[name]
+    settings = {"min_samples": 20}
+    whole = method.make(cell.rate, momentum=0.9, **settings)
+    controller = {"statistic": sasa_optax.yaida_statistic(0.9)}
+    controller |= method.controller | settings
+    parts = sasa_optax.sasa_plus(cell.rate, momentum=0.9, **controller)
+    params, dropped = validity.first_params(cell, 1), []
+    for optimizer in (whole, parts):
+        step, state = validity.steps_of(cell, optimizer), jax.vmap(optimizer.init)
+        runs = validity.simulate(step, params, state(params), 4000)
+        dropped.append([*runs.steps[0], *runs.scale])
+    assert dropped[0][0] > 0
+    assert dropped[0] == dropped[1]
+
+
+@pytest.fixture(scope="module")
+def quick(validity: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    out = tmp_path_factory.mktemp("validity") / "results" / "rows.json"
+    methods = ["--methods", "zero_mean"]
+    sections = ["--sections", "drops"]
+    argv = ["--quick", "--jobs", "1", "--seeds", "3", "--out", str(out)]
+    validity.main([*argv, *methods, *sections])
+    return [*argv, *methods, *sections]
+
+
+def test_quick_gives_a_row(quick: list[str]) -> None:
+    rows = json.loads(Path(quick[6]).read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["zero_mean"]
+    row = rows[0]
+    # A window of 1000 needs 8000 steps, 53 relaxation times.
+    assert row["early"] == row["never"] == 0
+    assert row["delay"][0] > 50
+    # Tests run at every hundredth step.
+    first = 150 * (row["delay"][1] + row["settled"])
+    assert first == pytest.approx(100 * round(first / 100))
+    assert row["drops"][0] >= 1
+    assert row["possible"] == 3
+    assert row["collapsed"] == 1
+    assert row["made"]["jax"] == jax.__version__
+    assert row["cell"]["dimension"] == 3
+
+
+def test_a_row_is_not_computed_twice(
+    validity: ModuleType,
+    quick: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed = []
+
+    def run(task: Any) -> dict[str, Any]:
+        computed.append(task.name)
+        row = json.loads(Path(quick[6]).read_text(encoding="utf-8"))["rows"][0]
+        return row | task.settings
+
+    monkeypatch.setattr(validity.Task, "run", run)
+    copy = tmp_path / "rows.json"
+    copy.write_bytes(Path(quick[6]).read_bytes())
+    argv = [*quick, "--out", str(copy)]
+    validity.main(argv)
+    assert computed == []
+    validity.main([*argv, "--fresh"])
+    assert computed == ["zero_mean"]
+    validity.main([*argv, "--seeds", "4", "--methods", "zero_mean", "sasa"])
+    assert computed == ["zero_mean", "zero_mean", "sasa"]
+    rows = validity.load(copy)
+    assert [row["method"] for row in rows] == ["zero_mean", "sasa"]
+    assert [row["seeds"] for row in rows] == [4, 4]
+
+
+def test_publishing_replaces_the_table_only(
+    validity: ModuleType, quick: list[str], tmp_path: Path
+) -> None:
+    start, end = validity.MARKERS
+    page = tmp_path / "docs" / "validity.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{start}\nold\n{end}\nafter\n", encoding="utf-8")
+    rows = validity.load(Path(quick[6]))
+    validity.publish(rows, page)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{start}\n")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    assert "| quick |" in text
+    validity.publish(rows, page)
+    assert page.read_text(encoding="utf-8") == text
+    assert (tmp_path / "docs" / "images" / "validity.png").stat().st_size > 1000
+    page.write_text("no markers", encoding="utf-8")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        validity.publish(rows, page)
+
+
+def test_a_candidate_is_found_by_module_and_function(
+    validity: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def halve():\n    return {'factor': 0.5, 'min_samples': 10}\n"
+    (tmp_path / "my_candidates.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = validity.method_named("my_candidates:halve")
+    assert method.factor == 0.5
+    params = jnp.ones(3)
+    assert method.make(0.1, momentum=0.9).init(params).controller.num_drops == 0
