@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .PHONY: demo test check pytest matrix test-slow test-one-device \
-	test-oldest calibration bench docs clean
+	test-oldest calibration bench evidence validity docs clean
 
 demo: $(VENV)/.examples  ## Train on real data; ends with a table and a picture.
 	$(BIN)/python examples/digits.py --out demo
@@ -36,7 +36,7 @@ test-one-device: $(VENV)/.dev  ## The tests that need no more, on a single devic
 test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supported.
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not example" \
 		--ignore tests/test_flax.py --ignore tests/test_clients.py \
-		--ignore tests/test_checkpoints.py
+		--ignore tests/test_checkpoints.py --ignore tests/test_evidence.py
 
 calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
 	$(BIN)/python benchmarks/calibration.py
@@ -45,6 +45,12 @@ calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
 bench: $(VENV)/.dev .venv-statopt/.statopt  ## The tables and picture of docs/performance.md.
 	$(BIN)/python benchmarks/performance.py --publish \
 		--statopt-python .venv-statopt/bin/python
+
+evidence: $(VENV)/.dev  ## The page docs/evidence.md; what was run is not run again.
+	$(BIN)/python benchmarks/evidence.py --sensitivity --publish
+
+validity: $(VENV)/.dev  ## The table and picture of docs/validity.md.
+	$(BIN)/python benchmarks/validity.py --publish
 
 docs: $(VENV)/.docs  ## The documentation, into site/.
 	$(BIN)/sphinx-build -q -W docs site

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from sasa_optax import _tree
+
 
 def cond(
     predicate: jax.Array,
@@ -20,6 +22,9 @@ def cond(
     pays for ``true_fun`` at every step. This one goes there if any member must. The
     functions must not close over traced values.
     """
+    # There `jax.shard_map` has no rule for what follows.
+    if not _tree.knows_what_varies(predicate):
+        return jax.lax.cond(predicate, true_fun, false_fun, *operands)
 
     @custom_vmap
     def call(predicate: jax.Array, *operands: Any) -> Any:

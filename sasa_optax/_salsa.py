@@ -294,7 +294,7 @@ def scale_by_salsa(
       test: default ``"zero_mean"``.
       statistic: default `master_statistic`.
       significance: also of the slope test. Default 0.05; 0.2 for ``"equivalence"``.
-      delta: default 0.3; for ``"equivalence"`` only.
+      delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
       leak_ratio: default 8.
       min_samples: default 1000.
@@ -431,7 +431,7 @@ def salsa(
       test: default ``"zero_mean"``.
       statistic: default `master_statistic`.
       significance: default 0.05; 0.2 for ``"equivalence"``.
-      delta: default 0.3; for ``"equivalence"`` only.
+      delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
       leak_ratio: default 8.
       min_samples: default 1000.

@@ -43,10 +43,10 @@ def test_of_master_statistic(
             significance=0.2 if significance is None else significance,
             variance=variance,
         )
-    if delta is not None:
-        raise ValueError(f"delta is for test='equivalence', got {delta!r} without it.")
     return ZeroMeanTest(
-        significance=0.05 if significance is None else significance, variance=variance
+        significance=0.05 if significance is None else significance,
+        variance=variance,
+        delta=delta,
     )
 
 
@@ -101,8 +101,11 @@ def scale_by_sasa_plus(
       statistic: a function from `Transition` to `Sample`; default `master_statistic`.
       significance: of the test, in (0, 1). Default 0.05 for ``"zero_mean"``, 0.2 for
         ``"equivalence"``.
-      delta: the tolerance of the equivalence test, in (0, inf). Default 0.3, which for
-        momentum 0.9 is about as strict as SASA's 0.02 on its own statistic.
+      delta: in (0, inf). For ``"equivalence"`` its tolerance, by default 0.3, which for
+        momentum 0.9 is about as strict as SASA's 0.02 on its own statistic. For
+        ``"zero_mean"`` how wide an interval may be, by default None, for any width;
+        with 5 a window too short to see the dynamics makes no drop (see
+        docs/validity.md, and what it costs).
       variance: ``"iid"``, ``"batch_means"`` (default) or
         ``"overlapping_batch_means"``; see `estimate_mean`. Not used by a test of yours.
       leak_ratio: the window keeps the newest 1/leak_ratio of the samples since the last
@@ -215,7 +218,7 @@ def sasa_plus(
       test: default ``"zero_mean"``.
       statistic: default `master_statistic`.
       significance: default 0.05; 0.2 for ``"equivalence"``.
-      delta: default 0.3; for ``"equivalence"`` only.
+      delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
       leak_ratio: default 8.
       min_samples: default 1000.
@@ -409,7 +412,7 @@ def reduce_on_stationarity(
       test: default ``"zero_mean"``.
       statistic: default `master_statistic`.
       significance: default 0.05; 0.2 for ``"equivalence"``.
-      delta: default 0.3; for ``"equivalence"`` only.
+      delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
       leak_ratio: default 8.
       min_samples: default 1000.

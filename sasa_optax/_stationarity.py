@@ -191,9 +191,17 @@ class ZeroMeanTest:
     stationary window has a large one. A window without any variation says nothing,
     and is not stationary.
 
+    A short or noisy window has a wide interval, which holds zero though the mean is far
+    from it. With ``delta``, an interval counts only once it is narrow: its half-width
+    must be below delta * v, with v the window's mean scale. It then takes as many
+    samples as the dynamics ask for, and more after each drop.
+
     Attributes:
       significance: s in (0, 1); the interval's confidence is 1 - s. Default 0.05.
       variance: see `estimate_mean`. Default "batch_means".
+      delta: how wide an interval may be, in (0, inf), or None, the default, for any
+        width. For `master_statistic` at momentum 0.9 take 5; its scale is
+        (1 + momentum)/(1 - momentum) times smaller than that of the fluctuations.
 
     Raises:
       ValueError: at construction, if an argument is out of range.
@@ -201,11 +209,26 @@ class ZeroMeanTest:
 
     significance: jax.typing.ArrayLike = 0.05
     variance: str = "batch_means"
-    uses_scale = False
+    delta: jax.typing.ArrayLike | None = None
 
     def __post_init__(self) -> None:
         _checks.number("significance", self.significance, "(0, 1)")
         _checks.choice("variance", self.variance, tuple(_VARIANCES))
+        if self.delta is not None:
+            _checks.number("delta", self.delta, "(0, inf)")
+
+    @property
+    def uses_scale(self) -> bool:
+        return self.delta is not None
+
+    def _is_narrow(
+        self, half_width: jax.Array, samples: Samples
+    ) -> jax.typing.ArrayLike:
+        if self.delta is None:
+            return True
+        assert samples.scales is not None
+        scale = _mean(samples.scales, samples.num_samples)
+        return half_width < jnp.asarray(self.delta, scale.dtype) * scale
 
     def __call__(self, samples: Samples) -> TestResult:
         estimate = estimate_mean(samples, self.variance)
@@ -223,12 +246,14 @@ class ZeroMeanTest:
             could_be_zero[2],
         )
         same_sign = jnp.sign(older) == jnp.sign(newer)
+        says_something = estimate.standard_error > 0
+        says_something &= self._is_narrow(half_width, samples)
         return TestResult(
             mean=estimate.mean,
             lower=estimate.mean - half_width,
             upper=estimate.mean + half_width,
             p_value=p_values[2],
-            stationary=zero_inside & same_sign & (estimate.standard_error > 0),
+            stationary=zero_inside & same_sign & says_something,
         )
 
 

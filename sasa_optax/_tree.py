@@ -64,6 +64,12 @@ def _leaf_product(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.sum(jnp.asarray(x).astype(dtype) * jnp.asarray(y).astype(dtype))
 
 
+def knows_what_varies(x: jax.Array) -> bool:
+    """Whether this JAX keeps account of it inside `jax.shard_map`; 0.5 does not."""
+    aval: Any = x.aval
+    return hasattr(aval, "manual_axis_type") or hasattr(aval, "vma")
+
+
 def _varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which a value inside `jax.shard_map` differs."""
     aval: Any = x.aval

@@ -121,7 +121,7 @@ def test_bad_arguments(
             "greater than min_samples.*50.*100",
         ),
         ({"max_window": 20, "min_samples": 20}, "greater than min_samples.*20.*20"),
-        ({"delta": 0.1}, "delta is for test='equivalence'"),
+        ({"delta": -1.0}, r"delta must be .* \(0, inf\)"),
         (
             {"test": sasa_optax.ZeroMeanTest(), "significance": 0.1},
             "significance is for",

@@ -307,6 +307,18 @@ def test_zero_mean(
     assert result.stationary == decide(significance)
 
 
+@given(n=lengths(MAX_WINDOW), seed=st.integers(0, 2**32 - 1))
+def test_a_wide_interval_says_nothing(n: int, seed: int) -> None:
+    values = Noise("gaussian", seed).draw(n, F32)
+    scales = np.random.default_rng(seed).uniform(0.5, 1.5, n).astype(F32)
+    samples = make_samples(values, scales)
+    at_any_width = bool(ZeroMeanTest()(samples).stationary)
+    half_width = reference_estimate(values, "batch_means").half_width(0.05)
+    delta = half_width / np.mean(scales, dtype=np.float64)
+    assert not ZeroMeanTest(delta=0.99 * delta)(samples).stationary
+    assert ZeroMeanTest(delta=1.01 * delta)(samples).stationary == at_any_width
+
+
 def test_zero_mean_of_many_windows_at_once() -> None:
     sizes = np.random.default_rng(0).integers(4, MAX_WINDOW, 200)
     values = [Noise("shifted", k).draw(n, F32) for k, n in enumerate(sizes)]
@@ -544,6 +556,11 @@ def estimate_noise(variance: str) -> MeanEstimate:
         *((EquivalenceTest, "significance", x, "(0, 1)") for x in NOT_IN_0_1),
         *((SlopeTest, "significance", x, "(0, 1)") for x in NOT_IN_0_1),
         *((EquivalenceTest, "delta", x, "(0, inf)") for x in NOT_POSITIVE),
+        *(
+            (ZeroMeanTest, "delta", x, "(0, inf)")
+            for x in NOT_POSITIVE
+            if x is not None
+        ),
         *((ZeroMeanTest, "variance", x, VARIANCE_RANGE) for x in NO_VARIANCE),
         *((EquivalenceTest, "variance", x, VARIANCE_RANGE) for x in NO_VARIANCE),
         (estimate_noise, "variance", "batch", VARIANCE_RANGE),
