@@ -20,6 +20,7 @@ from sasa_optax._qhm import add_coupled_decay, coupled_decay_loss
 from sasa_optax._stationarity import SlopeTest, TestResult
 
 _DEFAULT_SMOOTHING = 0.1
+_DEFAULT_SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 
 _BY_NAME = (
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -162,7 +163,7 @@ class LineSearch:
     loss_test: SlopeTest | None
     steps_per_epoch: int | None
     smoothing: jax.typing.ArrayLike | None
-    sufficient_decrease: jax.typing.ArrayLike
+    sufficient_decrease: jax.typing.ArrayLike | None
     increase_factor: jax.typing.ArrayLike
     decrease_factor: jax.typing.ArrayLike
     max_trials: jax.typing.ArrayLike
@@ -175,12 +176,15 @@ class LineSearch:
         if self.smoothing is None:
             self.smoothing = _default_smoothing(self.steps_per_epoch)
         _checks.number("smoothing", self.smoothing, "(0, 1]")
+        directions = tuple(_DEFAULT_SUFFICIENT_DECREASE)
+        _checks.choice("search_direction", self.search_direction, directions)
+        if self.sufficient_decrease is None:
+            default = _DEFAULT_SUFFICIENT_DECREASE[self.search_direction]
+            self.sufficient_decrease = default
         _checks.number("sufficient_decrease", self.sufficient_decrease, "(0, 1)")
         _checks.number("increase_factor", self.increase_factor, "[1, inf)")
         _checks.number("decrease_factor", self.decrease_factor, "(0, 1)")
         _checks.integer("max_trials", self.max_trials, 1)
-        directions = ("gradient", "update")
-        _checks.choice("search_direction", self.search_direction, directions)
         _checks.integer("search_interval", self.search_interval, 1)
         if self.max_learning_rate is not None:
             most = self.max_learning_rate
@@ -215,6 +219,7 @@ class LineSearch:
         descent = batch.descent()
         increase = jnp.asarray(self.increase_factor, dtype)
         decrease = jnp.asarray(self.decrease_factor, dtype)
+        assert self.sufficient_decrease is not None
         required = jnp.asarray(self.sufficient_decrease, dtype)
 
         def ratio(trial: jax.Array) -> jax.Array:

@@ -240,7 +240,8 @@ def test_a_default_that_depends_is_what_is_stated() -> None:
                 other = stated // 2 if isinstance(stated, int) else stated / 2
                 assert left_out != _program(row.function, **{name: other}), row
             found.add(name)
-    assert found == {"significance", "min_samples", "test_interval", "smoothing"}
+    names = {"significance", "min_samples", "test_interval", "smoothing"}
+    assert found == names | {"sufficient_decrease"}
 
 
 def test_values_to_translate_are_those_of_statopt_and_ours() -> None:

@@ -215,6 +215,24 @@ def test_ssls_decides_as_its_equations_do(
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("rate", "direction", "kwargs", "step_size"),
+    [
+        # Long enough up to 2 * (1 - sufficient_decrease): up to 1.9, or to 1.1.
+        (0.56, "gradient", {}, 1.12),
+        (0.54, "update", {}, 1.08),
+        (0.56, "update", {}, 0.56),
+        (0.56, "update", {"sufficient_decrease": 0.05}, 1.12),
+    ],
+)
+def test_along_an_update_more_decrease_is_asked_for(
+    rate: float, direction: Any, kwargs: dict[str, float], step_size: float
+) -> None:
+    optimizer = sasa_optax.scale_by_ssls(rate, search_direction=direction, **kwargs)
+    state = one_step(optimizer, quadratic, jnp.array([2.0]), with_value=True)
+    np.testing.assert_allclose(search_of(state).step_size, step_size, rtol=1e-6)
+
+
 @functools.partial(jax.jit, static_argnames="with_value")
 def search_parabola(arguments: dict[str, Any], with_value: bool) -> Any:
     optimizer = sasa_optax.scale_by_ssls(**arguments)
@@ -789,7 +807,7 @@ def test_salsa_records_the_loss_with_its_weight_decay() -> None:
 def test_after_adam_it_searches_along_the_update(with_value: bool) -> None:
     rng = np.random.default_rng(2)
     targets = rng.normal(size=(25, 3))
-    search = Search(smoothing=0.5)
+    search = Search(smoothing=0.5, sufficient_decrease=0.45)
     optimizer = optax.chain(
         optax.scale_by_adam(),
         sasa_optax.scale_by_ssls(0.05, smoothing=0.5, search_direction="update"),
@@ -1108,7 +1126,7 @@ NUMBER_0_1 = "a number in (0, 1)"
     ("name", "value", "allowed"),
     [
         *(("smoothing", x, "a number in (0, 1]") for x in (0, 1.1, np.nan, "0.1")),
-        *(("sufficient_decrease", x, NUMBER_0_1) for x in (0, 1, None)),
+        *(("sufficient_decrease", x, NUMBER_0_1) for x in (0, 1, "0.5")),
         *(("increase_factor", x, "a number in [1, inf)") for x in (0.5, np.inf)),
         *(("decrease_factor", x, NUMBER_0_1) for x in (0, 1, np.nan)),
         *(("max_trials", x, "an integer of at least 1") for x in (0, 1.5, True)),
