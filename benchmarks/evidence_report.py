@@ -168,6 +168,31 @@ def gaps_table(rows: Rows, tasks: list[Task]) -> str:
     )
 
 
+def variants_table(rows: Rows, tasks: list[Task]) -> str:
+    """The gaps of methods with arguments of their own, below those without."""
+    bases = {key.method.partition("(")[0] for key in rows if "(" in key.method}
+    names = [
+        name
+        for base in METHODS
+        if base in bases
+        for name in sorted({key.method for key in rows if is_of(key.method, base)})
+    ]
+
+    def cell(task: Task, name: str) -> str:
+        each = outcome(rows, task, name, task.budgets[-1])
+        best = best_tuned(outcomes(rows, task, task.budgets[-1]))
+        return "" if each is None else gap_cell(task, each, best)
+
+    return markdown(
+        ["", *[task.name for task in tasks]],
+        [[f"`{name}`", *[cell(task, name) for task in tasks]] for name in names],
+    )
+
+
+def is_of(method: str, base: str) -> bool:
+    return method == base or method.startswith(f"{base}(")
+
+
 def budgets_table(rows: Rows, task: Task) -> str:
     found = {budget: outcomes(rows, task, budget) for budget in task.budgets}
 
@@ -209,7 +234,7 @@ def task_table(rows: Rows, task: Task) -> str:
 
 def page_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
     """By the names of their markers in the page."""
-    tables = {"gaps": gaps_table(rows, tasks)}
+    tables = {"gaps": gaps_table(rows, tasks), "variants": variants_table(rows, tasks)}
     several = [task for task in tasks if len(task.budgets) > 1]
     tables["budgets"] = "\n\n".join(budgets_table(rows, task) for task in several)
     tables["tasks"] = "\n\n".join(
@@ -221,7 +246,8 @@ def page_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
 def grid(tasks: list[Task], draw: Callable[[Axes, Task], None]) -> Figure:
     columns = min(4, len(tasks))
     lines = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.9 * lines), layout="constrained")
+    width = max(3.2 * columns, 9.6)  # the legend's
+    figure = Figure(figsize=(width, 2.9 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for ax, task in zip(axes, tasks, strict=False):
         draw(ax, task)
@@ -244,7 +270,7 @@ def steps_of(row: Row) -> list[int]:
 
 
 def curves(rows: Rows, tasks: list[Task]) -> Figure:
-    """Test metric against step, of the first seed's runs and the others."""
+    """Test metric against step, the mean over the seeds."""
 
     def draw(ax: Axes, task: Task) -> None:
         found = outcomes(rows, task, task.budgets[-1])
@@ -252,18 +278,18 @@ def curves(rows: Rows, tasks: list[Task]) -> Figure:
         shown = {"best tuned baseline": best}
         shown |= {name: found[name] for name in SHOWN if name in found}
         for color, (label, each) in enumerate(shown.items()):
-            for row in each.rows:
-                style = "k--" if each is best else f"C{color}-"
-                ax.plot(steps_of(row), finite(row["test"]), style, lw=1, label=label)
-        last = best.mean
+            style = "k--" if each is best else f"C{color}-"
+            curve = mean_curve([row["test"] for row in each.rows])
+            ax.plot(steps_of(each.rows[0]), curve, style, lw=1.2, label=label)
         ax.set(ylabel=f"test, {task.unit}", xlabel="step")
-        if last > 0:
-            ax.set_yscale("log")
-            ax.set_ylim(0.8 * last, 8 * last if is_error(task) else 4 * last)
-        else:
-            ax.set_ylim(last - 0.05 * abs(last), last + abs(last))
+        height = abs(best.mean)
+        ax.set_ylim(best.mean - 0.1 * height, best.mean + height)
 
     return grid(tasks, draw)
+
+
+def mean_curve(curves: list[list[float | None]]) -> list[float]:
+    return [statistics.mean(each) for each in zip(*map(finite, curves), strict=True)]
 
 
 def finite(curve: list[float | None]) -> list[float]:

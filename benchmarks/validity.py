@@ -272,7 +272,8 @@ class Law:
         drive = (1 - self.momentum) * np.array([-self.rate, 1.0])
         m = self.recursion
         kronecker = np.einsum("dij,dkl->dikjl", m, m).reshape(-1, 4, 4)
-        noise = np.outer(drive, drive).reshape(4, 1)
+        # With all axes written out: NumPy 1 and 2 differ in what they add.
+        noise = np.broadcast_to(np.outer(drive, drive).reshape(4, 1), (len(m), 4, 1))
         return np.linalg.solve(np.eye(4) - kronecker, noise).reshape(-1, 2, 2)
 
     @property

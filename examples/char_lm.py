@@ -152,15 +152,12 @@ class Method(NamedTuple):
     searches_next_batch: bool = False
 
 
-def methods(num_steps: int) -> list[Method]:
-    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    reduced = sasa_optax.reduce_on_stationarity(
-        min_samples=MIN_SAMPLES, test_interval=TEST_INTERVAL
-    )
-    cosine = optax.cosine_decay_schedule(COSINE_PEAK, num_steps)
-    # AdamW without its rate, which SALSA finds. The direction it tries is Adam's: the
-    # gradient's scale says nothing about that.
-    salsa = optax.chain(
+def adam_with_salsa(**arguments: float) -> optax.GradientTransformation:
+    """AdamW without its rate, which SALSA finds.
+
+    The direction it tries is Adam's: the gradient's scale says nothing about that.
+    """
+    return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(),
         optax.add_decayed_weights(WEIGHT_DECAY),
@@ -169,8 +166,20 @@ def methods(num_steps: int) -> list[Method]:
             search_interval=SEARCH_INTERVAL,
             min_samples=MIN_SAMPLES,
             test_interval=TEST_INTERVAL,
+            **arguments,
         ),
     )
+
+
+def methods(num_steps: int) -> list[Method]:
+    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    reduced = sasa_optax.reduce_on_stationarity(
+        min_samples=MIN_SAMPLES, test_interval=TEST_INTERVAL
+    )
+    cosine = optax.cosine_decay_schedule(COSINE_PEAK, num_steps)
+    # On the same mini-batch Adam's updates look better than they are: there the default
+    # asks for more of a decrease than the paper does.
+    salsa, salsa_next = adam_with_salsa(), adam_with_salsa(sufficient_decrease=0.05)
     return [
         Method(f"AdamW, constant {LEARNING_RATE:g}", adamw, LEARNING_RATE),
         Method(
@@ -187,7 +196,7 @@ def methods(num_steps: int) -> list[Method]:
         Method("Adam + SALSA, nothing tuned", salsa, 0.0, has_controller=True),
         Method(
             "  search on the next batch",
-            salsa,
+            salsa_next,
             0.0,
             has_controller=True,
             searches_next_batch=True,

@@ -194,6 +194,18 @@ def test_gaps_are_from_the_best_tuned_baseline_at_the_rate_that_was_chosen() -> 
     assert cells["dog-averaged"][1] == "-"
 
 
+def test_variants_stand_below_what_they_are_variants_of() -> None:
+    task = evidence_runs.task_named(evidence_runs.QUICK)
+    rows = _rows(
+        _row("sgd-cosine", 1.0, 0, [9.0, 4.0]),
+        _row("salsa(factor=0.5)", 1e-3, 0, [9.0, 5.0]),
+        _row("salsa", 1e-3, 0, [9.0, 4.0]),
+        _row("salsa-equivalence", 1e-3, 0, [9.0, 6.0]),
+    )
+    lines = evidence_report.variants_table(rows, [task]).splitlines()[2:]
+    assert lines == ["| `salsa` | **+0.00** |", "| `salsa(factor=0.5)` | +1.00 |"]
+
+
 def test_equals_share_their_rank() -> None:
     found = {
         name: SimpleNamespace(mean=mean)
@@ -209,7 +221,7 @@ def test_publishing_renews_the_tables_and_leaves_the_text(tmp_path: Any) -> None
         _row("sgd-cosine", 1.0, 0, [9.0, 3.0]), _row("salsa", 1e-3, 0, [9.0, 3.0])
     )
     page = tmp_path / "evidence.md"
-    names = ("gaps", "budgets", "tasks")
+    names = ("gaps", "budgets", "variants", "tasks")
     text = "".join(f"{name}:\n<!-- {name} -->old<!-- /{name} -->\n" for name in names)
     page.write_text(text + "the end\n")
     for _ in range(2):
