@@ -152,7 +152,9 @@ class Method(NamedTuple):
     searches_next_batch: bool = False
 
 
-def adam_with_salsa(**arguments: float) -> optax.GradientTransformation:
+def adam_with_salsa(
+    sufficient_decrease: float | None = None,
+) -> optax.GradientTransformation:
     """AdamW without its rate, which SALSA finds.
 
     The direction it tries is Adam's: the gradient's scale says nothing about that.
@@ -166,7 +168,7 @@ def adam_with_salsa(**arguments: float) -> optax.GradientTransformation:
             search_interval=SEARCH_INTERVAL,
             min_samples=MIN_SAMPLES,
             test_interval=TEST_INTERVAL,
-            **arguments,
+            sufficient_decrease=sufficient_decrease,
         ),
     )
 
