@@ -212,6 +212,9 @@ METHODS: dict[str, Method] = {
         reduced(adamw_constant, test="equivalence"), (1e-3,)
     ),
     "prodigy-stationarity": _our(reduced(functools.partial(prodigy, 1.0))),
+    "prodigy-stationarity-equivalence": _our(
+        reduced(functools.partial(prodigy, 1.0), test="equivalence")
+    ),
     "adam-salsa": _our(adam_salsa, (1e-3,)),
 }
 
