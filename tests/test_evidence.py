@@ -233,6 +233,7 @@ def test_publishing_renews_the_tables_and_leaves_the_text(tmp_path: Any) -> None
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
+@pytest.mark.example
 def test_the_quick_run_is_resumed(tmp_path: Any) -> None:
     results = tmp_path / "evidence.jsonl"
     command = [sys.executable, _BENCHMARKS / "evidence.py", "--quick"]
