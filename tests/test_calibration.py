@@ -1,24 +1,16 @@
 """The theory of benchmarks/calibration.py against algebra and against the library."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "calibration.py"
-
 
 @pytest.fixture(scope="module")
 def calibration() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("calibration", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("calibration")
 
 
 # 50 = 7 * 7 + 1 leaves a value that no batch contains.

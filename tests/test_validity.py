@@ -1,9 +1,8 @@
 """The closed form of benchmarks/validity.py against simulation, and its bookkeeping."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,19 +15,10 @@ import scipy.linalg
 
 import sasa_optax
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "validity.py"
-
 
 @pytest.fixture(scope="module")
 def validity() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("validity", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up there.
-    sys.modules["validity"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("validity")
 
 
 def small(validity: ModuleType, momentum: float) -> Any:
