@@ -1,5 +1,6 @@
 """Learning rates that drop when a statistical test finds progress has stopped."""
 
+from sasa_optax._average import AverageState, average_iterates, averaged_params
 from sasa_optax._controller import ControllerState
 from sasa_optax._history import Drop, History, Switch, metrics
 from sasa_optax._line_search import LineSearchState
@@ -27,6 +28,7 @@ from sasa_optax._statistics import (
     Sample,
     Statistic,
     Transition,
+    centred_statistic,
     loss_statistic,
     master_statistic,
     yaida_statistic,
@@ -37,6 +39,7 @@ from sasa_optax._window import Window, resize_window
 __version__ = "0.1.0"
 
 __all__ = [
+    "AverageState",
     "ControllerState",
     "Drop",
     "EquivalenceTest",
@@ -55,6 +58,9 @@ __all__ = [
     "Transition",
     "Window",
     "ZeroMeanTest",
+    "average_iterates",
+    "averaged_params",
+    "centred_statistic",
     "estimate_mean",
     "loss_statistic",
     "master_statistic",

@@ -5,13 +5,14 @@ and in what made the direction.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _tree, _types, _window
+from sasa_optax import _average, _checks, _tree, _types, _window
 from sasa_optax._conditional import cond
 from sasa_optax._stationarity import Samples, StationarityTest, TestResult
 from sasa_optax._statistics import (
@@ -27,6 +28,8 @@ _DEFAULT_TEST_INTERVAL = 100
 # With steps_per_epoch both are one epoch, within these limits. Below the lower one a
 # test has some ten batches to estimate a variance from, and says nothing.
 _FEWEST_PER_EPOCH, _MOST_PER_EPOCH = 100, 1000
+# A centre over less than the newest half follows the drift that it is to show.
+_CENTRE_LEAK_RATIO = 2
 
 
 class ControllerState(NamedTuple):
@@ -43,6 +46,11 @@ class ControllerState(NamedTuple):
       last_test: the newest `TestResult`; its step is 0 before the first.
       window: the samples since the last drop; None for `ssls`, which records nothing.
       line_search: the `LineSearchState` of `ssls` and `salsa`; None for all others.
+      average: the `AverageState` that `averaged_params` returns; None without
+        ``average=True``.
+      centre: the `AverageState` that a centred statistic measures from, over the newest
+        half of the iterates; None for all other statistics, and where ``average`` is
+        over the newest half itself.
 
     Those without a dtype here are float32, or float64 where a parameter is.
     """
@@ -55,6 +63,8 @@ class ControllerState(NamedTuple):
     last_test: TestResult
     window: _window.Window | None
     line_search: Any = None
+    average: _average.AverageState | None = None
+    centre: _average.AverageState | None = None
 
 
 def _defaults(steps_per_epoch: int | None) -> tuple[int, int]:
@@ -71,6 +81,10 @@ def _scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     if array.shape:
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
     return array.astype(dtype)
+
+
+def _is_two(leak_ratio: jax.typing.ArrayLike) -> bool:
+    return isinstance(leak_ratio, int) and leak_ratio == _CENTRE_LEAK_RATIO
 
 
 def no_test_yet(dtype: jax.typing.DTypeLike) -> TestResult:
@@ -150,6 +164,7 @@ class Controller:
     min_learning_rate: jax.typing.ArrayLike = 0.0
     scale_min_samples: bool = False
     axis_name: str | tuple[str, ...] | None = None
+    average: bool = False
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
@@ -163,6 +178,7 @@ class Controller:
         _checks.number("min_learning_rate", self.min_learning_rate, "[0, inf)")
         _checks.boolean("scale_min_samples", self.scale_min_samples)
         _checks.axis_name("axis_name", self.axis_name)
+        _checks.boolean("average", self.average)
         min_samples, test_interval = _defaults(self.steps_per_epoch)
         if self.min_samples is None:
             self.min_samples = min_samples
@@ -180,6 +196,10 @@ class Controller:
         # A test that does not say what it uses is given all there is.
         return 2 if getattr(self.test, "uses_scale", True) else 1
 
+    @property
+    def _uses_centre(self) -> bool:
+        return getattr(self.statistic, "uses_centre", False)
+
     def _base_rate(self, step: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         rate = self.learning_rate
         return _scalar("learning_rate", rate(step) if callable(rate) else rate, dtype)
@@ -195,6 +215,8 @@ class Controller:
         if self.test is not None:
             capacity = _checks.static_integer("max_window", self.max_window, 5)
             window = _window.empty(self._width, capacity, dtype)
+        shares = self.average and _is_two(self.leak_ratio)
+        has_centre = self._uses_centre and not shares
         return ControllerState(
             step=jnp.zeros((), jnp.int32),
             learning_rate=self._base_rate(jnp.zeros((), jnp.int32), dtype),
@@ -203,6 +225,8 @@ class Controller:
             num_nonfinite=jnp.zeros((), jnp.int32),
             last_test=no_test_yet(dtype),
             window=window,
+            average=_average.start(params) if self.average else None,
+            centre=_average.start(params) if has_centre else None,
         )
 
     def rates(self, state: ControllerState) -> tuple[jax.Array, jax.Array]:
@@ -317,21 +341,30 @@ class Controller:
     def _in_sequence(
         self,
         direction: optax.Updates,
-        params: optax.Params,
-        grad: optax.Updates | None,
+        transition: Callable[[optax.Updates, dict[str, Any]], Transition],
+        trees: dict[str, Any],
         rate: jax.Array,
         step: jax.Array,
     ) -> tuple[optax.Updates, jax.Array]:
         """The direction arranged around the sums that the statistic takes over it."""
         pairs = getattr(self.statistic, "pairs", master_pairs)
+        given = {name: tree for name, tree in trees.items() if tree is not None}
 
-        def sums(params: list, direction: list, grad: list) -> list[jax.Array]:
-            updates = _tree.scale(-rate, direction)
-            new_params = optax.apply_updates(params, updates)
-            some = Transition(params, new_params, direction, grad, rate, None)
+        def sums(direction: list, *lists: list) -> list[jax.Array]:
+            some = transition(direction, trees | dict(zip(given, lists, strict=True)))
             return some.inner_products(*pairs(some))
 
-        return _tree.in_sequence(direction, params, grad, sums, rate, step)
+        return _tree.in_sequence(direction, list(given.values()), sums, rate, step)
+
+    def _weights(self, state: ControllerState) -> dict[str, jax.Array]:
+        """Of the next iterate, in each of the averages that there are."""
+        ratios = {"average": self.leak_ratio, "centre": _CENTRE_LEAK_RATIO}
+        averages = {name: getattr(state, name) for name in ratios}
+        return {
+            name: _average.weight(average, ratios[name], dtype=state.scale.dtype)
+            for name, average in averages.items()
+            if average is not None
+        }
 
     def step(
         self,
@@ -348,27 +381,42 @@ class Controller:
         """
         base, rate = self.rates(state)
         is_good, row = jnp.asarray(is_good), jnp.zeros((0,), state.scale.dtype)
-        if self.test is None:
+        weights = self._weights(state)
+        centre = "average" if state.centre is None else "centre"
+        trees = {"params": params, "grad": grad, "centre": None}
+        if self._uses_centre:
+            trees["centre"] = getattr(state, centre).averaged
+
+        def transition(direction: Any, trees: dict[str, Any]) -> Transition:
             updates = _tree.scale(-rate, direction)
-        else:
-            direction, always = self._in_sequence(
-                direction, params, grad, rate, state.step
-            )
-            is_good &= always
-            updates = _tree.scale(-rate, direction)
-            transition = Transition(
-                params=params,
+            return Transition(
+                params=trees["params"],
                 # As the caller will compute them, so that XLA merges the two.
-                new_params=optax.apply_updates(params, updates),
+                new_params=optax.apply_updates(trees["params"], updates),
                 direction=direction,
-                grad=direction if grad is None else grad,
+                grad=direction if trees["grad"] is None else trees["grad"],
                 learning_rate=rate,
                 value=value,
                 axis_name=self.axis_name,
+                centre=trees["centre"],
+                centre_weight=weights.get(centre),
             )
-            row = self._row(transition)
+
+        if self.test is not None:
+            direction, always = self._in_sequence(
+                direction, transition, trees, rate, state.step
+            )
+            is_good &= always
+        updates = _tree.scale(-rate, direction)
+        taken = transition(direction, trees)
+        if self.test is not None:
+            row = self._row(taken)
+        averages = {
+            name: _average.push(getattr(state, name), taken.new_params, weight)
+            for name, weight in weights.items()
+        }
         state = self._compiled(state, row, is_good, base, rate)
-        return updates, direction, state
+        return updates, direction, state._replace(**averages)
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         def update(

@@ -29,7 +29,8 @@ def _of_test(test: TestResult, name: str) -> dict[str, Any]:
 
 def _of_controller(state: ControllerState) -> dict[str, jax.Array]:
     fields = state._asdict()
-    del fields["window"]
+    for name in ("window", "average", "centre"):
+        del fields[name]
     fields |= _of_test(fields.pop("last_test"), "test")
     search = fields.pop("line_search")
     if search is not None:

@@ -14,9 +14,9 @@ import optax
 from sasa_optax._controller import Controller
 from sasa_optax._line_search import LineSearch
 from sasa_optax._momentum import with_momentum
-from sasa_optax._sasa import test_of_master_statistic
+from sasa_optax._sasa import statistic_named, test_named
 from sasa_optax._stationarity import SlopeTest, StationarityTest
-from sasa_optax._statistics import Statistic, master_statistic
+from sasa_optax._statistics import Statistic
 
 
 def scale_by_ssls(
@@ -252,8 +252,8 @@ def scale_by_salsa(
     *,
     steps_per_epoch: int | None = None,
     factor: jax.typing.ArrayLike = 0.1,
-    test: Literal["zero_mean", "equivalence"] | StationarityTest = "zero_mean",
-    statistic: Statistic = master_statistic,
+    test: Literal["zero_mean", "equivalence"] | StationarityTest | None = None,
+    statistic: Literal["master", "centred"] | Statistic = "master",
     significance: jax.typing.ArrayLike | None = None,
     delta: jax.typing.ArrayLike | None = None,
     variance: str = "batch_means",
@@ -265,6 +265,7 @@ def scale_by_salsa(
     min_learning_rate: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = True,
     smoothing: jax.typing.ArrayLike | None = None,
     sufficient_decrease: jax.typing.ArrayLike | None = None,
     increase_factor: jax.typing.ArrayLike = 2.0,
@@ -292,8 +293,8 @@ def scale_by_salsa(
       steps_per_epoch: sets ``min_samples``, ``test_interval`` and ``smoothing``, where
         they are not given; see `scale_by_sasa_plus` and `scale_by_ssls`.
       factor: see `scale_by_sasa_plus`, as for all that follow. Default 0.1.
-      test: default ``"zero_mean"``.
-      statistic: default `master_statistic`.
+      test: default ``"zero_mean"``, and ``"equivalence"`` for ``"centred"``.
+      statistic: default ``"master"``.
       significance: also of the slope test. Default 0.05; 0.2 for ``"equivalence"``.
       delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
@@ -315,6 +316,7 @@ def scale_by_salsa(
       max_learning_rate: default None, without a bound.
       scale_min_samples: default False.
       axis_name: default None.
+      average: default True.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState` with
@@ -348,10 +350,11 @@ def scale_by_salsa(
       Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
       <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
+    statistic = statistic_named(statistic)
     controller = Controller(
         learning_rate=learning_rate,
         statistic=statistic,
-        test=test_of_master_statistic(test, significance, delta, variance),
+        test=test_named(test, statistic, significance, delta, variance),
         factor=factor,
         leak_ratio=leak_ratio,
         min_samples=min_samples,
@@ -362,6 +365,7 @@ def scale_by_salsa(
         min_learning_rate=min_learning_rate,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
     )
     return LineSearch(
         controller=controller,
@@ -386,8 +390,8 @@ def salsa(
     *,
     steps_per_epoch: int | None = None,
     factor: jax.typing.ArrayLike = 0.1,
-    test: Literal["zero_mean", "equivalence"] | StationarityTest = "zero_mean",
-    statistic: Statistic = master_statistic,
+    test: Literal["zero_mean", "equivalence"] | StationarityTest | None = None,
+    statistic: Literal["master", "centred"] | Statistic = "master",
     significance: jax.typing.ArrayLike | None = None,
     delta: jax.typing.ArrayLike | None = None,
     variance: str = "batch_means",
@@ -399,6 +403,7 @@ def salsa(
     min_learning_rate: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = True,
     smoothing: jax.typing.ArrayLike | None = None,
     sufficient_decrease: jax.typing.ArrayLike | None = None,
     increase_factor: jax.typing.ArrayLike = 2.0,
@@ -429,8 +434,8 @@ def salsa(
       steps_per_epoch: see `scale_by_salsa`, as for all that follow. The one argument
         worth giving.
       factor: default 0.1.
-      test: default ``"zero_mean"``.
-      statistic: default `master_statistic`.
+      test: default ``"zero_mean"``, and ``"equivalence"`` for ``"centred"``.
+      statistic: default ``"master"``.
       significance: default 0.05; 0.2 for ``"equivalence"``.
       delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
@@ -451,6 +456,7 @@ def salsa(
       max_learning_rate: default None, without a bound.
       scale_min_samples: default False.
       axis_name: default None.
+      average: default True.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`. Its
@@ -491,7 +497,7 @@ def salsa(
         steps_per_epoch=steps_per_epoch,
         factor=factor,
         test=test,
-        statistic=statistic,
+        statistic=statistic_named(statistic, momentum, nu),
         significance=significance,
         delta=delta,
         variance=variance,
@@ -503,6 +509,7 @@ def salsa(
         min_learning_rate=min_learning_rate,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
         smoothing=smoothing,
         sufficient_decrease=sufficient_decrease,
         increase_factor=increase_factor,

@@ -19,11 +19,35 @@ from sasa_optax._stationarity import (
     StationarityTest,
     ZeroMeanTest,
 )
-from sasa_optax._statistics import Statistic, master_statistic, yaida_statistic
+from sasa_optax._statistics import (
+    Statistic,
+    centred_statistic,
+    master_statistic,
+    yaida_statistic,
+)
 
 
-def test_of_master_statistic(
-    test: Literal["zero_mean", "equivalence"] | StationarityTest,
+def statistic_named(
+    statistic: Literal["master", "centred"] | Statistic,
+    momentum: jax.typing.ArrayLike = 0.9,
+    nu: jax.typing.ArrayLike = 1.0,
+) -> Statistic:
+    if callable(statistic):
+        return statistic
+    names = "'master', 'centred'"
+    if statistic not in ("master", "centred"):
+        raise ValueError(
+            f"statistic must be {names}, or a function from Transition to Sample, got "
+            f"{statistic!r}."
+        )
+    if statistic == "centred":
+        return centred_statistic(momentum, nu)
+    return master_statistic
+
+
+def test_named(
+    test: Literal["zero_mean", "equivalence"] | StationarityTest | None,
+    statistic: Statistic,
     significance: jax.typing.ArrayLike | None,
     delta: jax.typing.ArrayLike | None,
     variance: str,
@@ -36,6 +60,9 @@ def test_of_master_statistic(
                     f"{test!r}: give it to that test."
                 )
         return test
+    if test is None:
+        is_centred = getattr(statistic, "uses_centre", False)
+        test = "equivalence" if is_centred else "zero_mean"
     _checks.choice("test", test, ("zero_mean", "equivalence"))
     if test == "equivalence":
         return EquivalenceTest(
@@ -55,8 +82,8 @@ def scale_by_sasa_plus(
     *,
     steps_per_epoch: int | None = None,
     factor: jax.typing.ArrayLike = 0.1,
-    test: Literal["zero_mean", "equivalence"] | StationarityTest = "zero_mean",
-    statistic: Statistic = master_statistic,
+    test: Literal["zero_mean", "equivalence"] | StationarityTest | None = None,
+    statistic: Literal["master", "centred"] | Statistic = "master",
     significance: jax.typing.ArrayLike | None = None,
     delta: jax.typing.ArrayLike | None = None,
     variance: str = "batch_means",
@@ -68,6 +95,7 @@ def scale_by_sasa_plus(
     min_learning_rate: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies a learning rate that drops when the dynamics are stationary.
 
@@ -97,8 +125,11 @@ def scale_by_sasa_plus(
         1000.
       factor: what a drop multiplies the rate by, in (0, 1). Default 0.1.
       test: ``"zero_mean"`` (`ZeroMeanTest`, the default), ``"equivalence"``
-        (`EquivalenceTest`), or a function from `Samples` to `TestResult`.
-      statistic: a function from `Transition` to `Sample`; default `master_statistic`.
+        (`EquivalenceTest`, the default for ``"centred"``), or a function from `Samples`
+        to `TestResult`.
+      statistic: ``"master"`` (`master_statistic`, the default), ``"centred"``
+        (`centred_statistic`, which does not care where the optimum lies, for a copy of
+        the parameters), or a function from `Transition` to `Sample`.
       significance: of the test, in (0, 1). Default 0.05 for ``"zero_mean"``, 0.2 for
         ``"equivalence"``.
       delta: in (0, inf). For ``"equivalence"`` its tolerance, by default 0.3, which for
@@ -127,6 +158,9 @@ def scale_by_sasa_plus(
         the parameters are sharded: the statistic is then summed over it, by one
         all-reduce. Not needed under jit, nor where parameters are replicated. Default
         None.
+      average: keep an average over the newest 1/leak_ratio of all iterates, as
+        `average_iterates` does and through all drops, for `averaged_params`. The
+        updates do not change. Default False.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState`. Its
@@ -157,10 +191,11 @@ def scale_by_sasa_plus(
       Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
       <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
+    statistic = statistic_named(statistic)
     controller = Controller(
         learning_rate=learning_rate,
         statistic=statistic,
-        test=test_of_master_statistic(test, significance, delta, variance),
+        test=test_named(test, statistic, significance, delta, variance),
         factor=factor,
         leak_ratio=leak_ratio,
         min_samples=min_samples,
@@ -171,6 +206,7 @@ def scale_by_sasa_plus(
         min_learning_rate=min_learning_rate,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
     )
     return controller.transformation()
 
@@ -183,8 +219,8 @@ def sasa_plus(
     *,
     steps_per_epoch: int | None = None,
     factor: jax.typing.ArrayLike = 0.1,
-    test: Literal["zero_mean", "equivalence"] | StationarityTest = "zero_mean",
-    statistic: Statistic = master_statistic,
+    test: Literal["zero_mean", "equivalence"] | StationarityTest | None = None,
+    statistic: Literal["master", "centred"] | Statistic = "master",
     significance: jax.typing.ArrayLike | None = None,
     delta: jax.typing.ArrayLike | None = None,
     variance: str = "batch_means",
@@ -196,6 +232,7 @@ def sasa_plus(
     min_learning_rate: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SASA+: momentum SGD that cuts its learning rate when progress has stopped.
 
@@ -215,8 +252,8 @@ def sasa_plus(
         [0, inf). Default 0.0.
       steps_per_epoch: see `scale_by_sasa_plus`, as for all that follow.
       factor: default 0.1.
-      test: default ``"zero_mean"``.
-      statistic: default `master_statistic`.
+      test: default ``"zero_mean"``, and ``"equivalence"`` for ``"centred"``.
+      statistic: default ``"master"``.
       significance: default 0.05; 0.2 for ``"equivalence"``.
       delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
@@ -228,6 +265,7 @@ def sasa_plus(
       min_learning_rate: default 0.0.
       scale_min_samples: default False.
       axis_name: default None.
+      average: default False.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`; its
@@ -264,7 +302,7 @@ def sasa_plus(
         steps_per_epoch=steps_per_epoch,
         factor=factor,
         test=test,
-        statistic=statistic,
+        statistic=statistic_named(statistic, momentum, nu),
         significance=significance,
         delta=delta,
         variance=variance,
@@ -276,6 +314,7 @@ def sasa_plus(
         min_learning_rate=min_learning_rate,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
     )
     return with_momentum(controller, momentum, nu, weight_decay)
 
@@ -298,6 +337,7 @@ def sasa(
     min_learning_rate: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SASA: momentum SGD whose rate drops on positive evidence of stationarity.
 
@@ -335,6 +375,7 @@ def sasa(
       min_learning_rate: default 0.0.
       scale_min_samples: default False.
       axis_name: default None.
+      average: default False.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`; its
@@ -375,6 +416,7 @@ def sasa(
         min_learning_rate=min_learning_rate,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
     )
     return with_momentum(controller.transformation(), momentum, 1.0, weight_decay)
 
@@ -383,8 +425,8 @@ def reduce_on_stationarity(
     *,
     steps_per_epoch: int | None = None,
     factor: jax.typing.ArrayLike = 0.1,
-    test: Literal["zero_mean", "equivalence"] | StationarityTest = "zero_mean",
-    statistic: Statistic = master_statistic,
+    test: Literal["zero_mean", "equivalence"] | StationarityTest | None = None,
+    statistic: Literal["master", "centred"] | Statistic = "master",
     significance: jax.typing.ArrayLike | None = None,
     delta: jax.typing.ArrayLike | None = None,
     variance: str = "batch_means",
@@ -396,6 +438,7 @@ def reduce_on_stationarity(
     min_scale: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales another optimizer's updates down when its dynamics are stationary.
 
@@ -409,8 +452,8 @@ def reduce_on_stationarity(
     Args:
       steps_per_epoch: see `scale_by_sasa_plus`, as for all that follow.
       factor: what a drop multiplies the scale by, in (0, 1). Default 0.1.
-      test: default ``"zero_mean"``.
-      statistic: default `master_statistic`.
+      test: default ``"zero_mean"``, and ``"equivalence"`` for ``"centred"``.
+      statistic: default ``"master"``.
       significance: default 0.05; 0.2 for ``"equivalence"``.
       delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
       variance: default ``"batch_means"``.
@@ -422,6 +465,7 @@ def reduce_on_stationarity(
       min_scale: the scale never drops below this, in [0, 1]. Default 0.0.
       scale_min_samples: default False.
       axis_name: default None.
+      average: default False.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ControllerState` with
@@ -465,6 +509,7 @@ def reduce_on_stationarity(
         min_learning_rate=min_scale,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
     )
 
     def init(params: optax.Params) -> ControllerState:

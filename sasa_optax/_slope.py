@@ -27,6 +27,7 @@ def slope(
     min_learning_rate: jax.typing.ArrayLike = 0.0,
     scale_min_samples: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
+    average: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SLOPE: momentum SGD whose rate drops when the mini-batch loss stops falling.
 
@@ -65,6 +66,7 @@ def slope(
       min_learning_rate: default 0.0.
       scale_min_samples: default False.
       axis_name: default None.
+      average: default False.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SasaState`; its
@@ -103,5 +105,6 @@ def slope(
         min_learning_rate=min_learning_rate,
         scale_min_samples=scale_min_samples,
         axis_name=axis_name,
+        average=average,
     )
     return with_momentum(controller.transformation(), momentum, nu, weight_decay)

@@ -33,6 +33,11 @@ class Transition(NamedTuple):
       value: the extra argument ``value`` of ``update`` (the loss), or None.
       axis_name: of the mesh axes over which the trees are sharded, inside
         `jax.shard_map`; the methods here sum over them.
+      centre: c_k, the average over about the newest half of the iterates up to x_k; of
+        at least float32. None unless the statistic has an attribute ``uses_centre``
+        that is true, as it takes a copy of the parameters.
+      centre_weight: epsilon_k, with which x_{k+1} will enter it, c_{k+1} = c_k +
+        epsilon_k (x_{k+1} - c_k); shape (), in the dtype of statistics.
     """
 
     params: optax.Params
@@ -42,6 +47,8 @@ class Transition(NamedTuple):
     learning_rate: jax.Array
     value: jax.typing.ArrayLike | None
     axis_name: str | tuple[str, ...] | None = None
+    centre: optax.Params | None = None
+    centre_weight: jax.Array | None = None
 
     def inner_products(
         self, *pairs: tuple[optax.Params, optax.Params]
@@ -70,6 +77,10 @@ class Sample(NamedTuple):
     value: jax.typing.ArrayLike
     scale: jax.typing.ArrayLike = 1.0
 
+
+# No drop unless the lag is less than a third of the noise, whatever the test's delta:
+# not before the horizon of c is three relaxation times.
+_LAG_PENALTY = 3.0
 
 Statistic = Callable[[Transition], Sample]
 Pairs = list[tuple[optax.Params, optax.Params]]
@@ -174,3 +185,63 @@ def loss_statistic(weight_decay: jax.typing.ArrayLike = 0.0) -> Statistic:
     """
     _checks.number("weight_decay", weight_decay, "[0, inf)")
     return _LossStatistic(weight_decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CentredStatistic:
+    momentum: jax.typing.ArrayLike
+    nu: jax.typing.ArrayLike
+    uses_centre = True
+
+    def pairs(self, t: Transition) -> Pairs:
+        assert t.centre is not None
+        offset = _tree.subtract(t.new_params, t.centre)
+        return [(offset, t.direction), (t.direction, t.direction), (offset, offset)]
+
+    def __call__(self, transition: Transition) -> Sample:
+        rate, weight = transition.learning_rate, transition.centre_weight
+        assert weight is not None
+        products = transition.inner_products(*self.pairs(transition))
+        offset_dot_d, d_dot_d, offset_dot_offset = products
+        half_step = rate / 2 * d_dot_d
+        lag = weight * (2 - weight) / (2 * rate) * offset_dot_offset
+        noise = dissipation(self.momentum, self.nu) * half_step
+        return Sample(offset_dot_d + half_step + lag, noise - _LAG_PENALTY * lag)
+
+
+def dissipation(
+    momentum: jax.typing.ArrayLike, nu: jax.typing.ArrayLike
+) -> jax.typing.ArrayLike:
+    """How many times the variance of white gradients is that of QHM's direction."""
+    b = momentum
+    variance = (1 - nu) ** 2 + 2 * nu * (1 - nu) * (1 - b) + nu**2 * (1 - b) / (1 + b)
+    return 1 / variance
+
+
+def centred_statistic(
+    momentum: jax.typing.ArrayLike = 0.9, nu: jax.typing.ArrayLike = 1.0
+) -> Statistic:
+    """The master statistic, measured from an average of the iterates.
+
+    w_k = <x_{k+1} - c_k, d_k> + (alpha/2) ||d_k||^2 + l_k, with the lag
+
+    l_k = (1 - (1 - epsilon_k)^2) / (2 alpha) ||x_{k+1} - c_k||^2,
+
+    which is -(||x_{k+1} - c_{k+1}||^2 - ||x_k - c_k||^2) / (2 alpha): mean zero under
+    any stationary dynamics, wherever the optimum lies. Under a steady drift c lags at a
+    constant distance, so its mean is zero there as well; but then the lag is large. So
+    it goes with the equivalence test, and is taken off its scale,
+
+    v_k = (alpha/2) D ||d_k||^2 - 3 l_k,
+
+    where D ||d_k||^2 estimates the noise in the gradient: D is (1 + beta)/(1 - beta)
+    for normalised momentum. At stationarity the lag over the first term is the
+    relaxation time over the horizon of c. See docs/statistics.md.
+
+    Args:
+      momentum: beta, in [0, 1), of the direction. Default 0.9, for Adam as well.
+      nu: as in `scale_by_qhm`, in [0, 1]. Default 1.0.
+    """
+    _checks.number("momentum", momentum, "[0, 1)")
+    _checks.number("nu", nu, "[0, 1]")
+    return _CentredStatistic(momentum, nu)

@@ -56,6 +56,11 @@ def linear_combination(
     return jax.tree.map(combine, x, y)
 
 
+def subtract(x: optax.Params, y: optax.Params) -> optax.Params:
+    """x - y, in the types of ``y``."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype) - y, x, y)
+
+
 def _leaf_product(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Products and a sum: accelerators truncate the operands of a dot."""
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(y):
@@ -127,9 +132,8 @@ def inner_product(
 
 def in_sequence(
     direction: optax.Updates,
-    params: optax.Params,
-    grad: optax.Updates | None,
-    sums: Callable[[list, list, list], list[jax.Array]],
+    others: Sequence[Any],
+    sums: Callable[..., list[jax.Array]],
     rate: jax.Array,
     step: jax.Array,
 ) -> tuple[optax.Updates, jax.Array]:
@@ -140,8 +144,8 @@ def in_sequence(
     computes for the update and again for the sums, beside a copy of the parameters. So
     each leaf is divided by a one that XLA cannot know to be one: a quotient is not
     computed twice. And the one of the leaves that follow, after some megabytes, is made
-    from the ``sums`` over the parameters, directions and gradients of those before. The
-    last one must be used, which is what the scalar is for.
+    from the ``sums`` over those before: of their directions, and their parts of the
+    ``others``. The last one must be used, which is what the scalar is for.
 
     Accelerators fuse the sums with the update. Among several devices each of these
     groups would wait for a collective over the one before.
@@ -151,23 +155,22 @@ def in_sequence(
     one = jnp.where(step < 0, jnp.zeros_like(rate), 1)
     total = sum(d.nbytes for d in jax.tree.leaves(direction))
     group_bytes = _GROUP_BYTES if total > _CACHE_BYTES else math.inf
-    group: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+    group: list[tuple[jax.Array, ...]] = []
 
-    def compute(d: jax.Array, x: jax.Array, g: jax.Array | None = None) -> jax.Array:
+    def compute(d: jax.Array, *others: jax.Array) -> jax.Array:
         nonlocal one
         if not jnp.issubdtype(d.dtype, jnp.floating):
             return d
         d = d / one.astype(d.dtype)
-        group.append((x, d, d if g is None else g))
-        if sum(d.nbytes for _, d, _ in group) >= group_bytes:
+        group.append((d, *others))
+        if sum(d.nbytes for d, *_ in group) >= group_bytes:
             used = sums(*map(list, zip(*group, strict=True)))
             never = jax.lax.stop_gradient(sum(used, jnp.zeros_like(rate)))
             one = jnp.where(step < 0, never, one)
             group.clear()
         return d
 
-    trees = (params,) if grad is None else (params, grad)
-    direction = jax.tree.map(compute, direction, *trees)
+    direction = jax.tree.map(compute, direction, *others)
     return direction, one > 0
 
 

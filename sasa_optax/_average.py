@@ -1,0 +1,252 @@
+"""An average over the newest iterates: as good at every moment, with no horizon."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sasa_optax import _checks, _types
+
+DEFAULT_MIN_HORIZON = 32
+
+
+class AverageState(NamedTuple):
+    """An average of iterates, as `average_iterates` keeps it.
+
+    Attributes:
+      num_averaged: steps taken, shape (), int32.
+      averaged: c, of the structure and the shapes of the parameters, in float32 unless
+        another dtype was asked for; float64 where they are.
+    """
+
+    num_averaged: jax.Array
+    averaged: optax.Params
+
+
+def _kept_dtype(x: jax.Array, dtype: jnp.dtype | None) -> jnp.dtype:
+    """Of the average of a leaf: never narrower than the leaf."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x.dtype
+    return jnp.promote_types(x.dtype, jnp.float32 if dtype is None else dtype)
+
+
+def start(params: optax.Params, dtype: jnp.dtype | None = None) -> AverageState:
+    def copied(x: jax.typing.ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
+        return jnp.array(x, _kept_dtype(x, dtype), copy=True)
+
+    return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(copied, params))
+
+
+def weight(
+    state: AverageState,
+    leak_ratio: jax.typing.ArrayLike,
+    min_horizon: jax.typing.ArrayLike = DEFAULT_MIN_HORIZON,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """That of the next iterate, 1 / max(min_horizon, steps / leak_ratio)."""
+    steps = jnp.asarray(optax.safe_increment(state.num_averaged)).astype(dtype)
+    horizon = steps / jnp.asarray(leak_ratio, dtype)
+    return 1 / jnp.maximum(jnp.asarray(min_horizon, dtype), horizon)
+
+
+def push(
+    state: AverageState, new_params: optax.Params, weight: jax.Array
+) -> AverageState:
+    """Moves the average towards the new iterate, where that is finite."""
+
+    def moved(c: jax.Array, x: jax.typing.ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        real = jnp.finfo(c.dtype).dtype
+        # As XLA would fuse it into the update: one more array to read and to write.
+        new = c + weight.astype(real) * (x.astype(c.dtype) - c)
+        return jnp.where(jnp.isfinite(new), new, c)
+
+    averaged = jax.tree.map(moved, state.averaged, jax.lax.stop_gradient(new_params))
+    num_averaged = jnp.asarray(optax.safe_increment(state.num_averaged))
+    return AverageState(num_averaged, averaged)
+
+
+def _dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
+    if dtype is None:
+        return None
+    wide = jnp.dtype(dtype)
+    if not jnp.issubdtype(wide, jnp.floating) or wide.itemsize < 4:
+        # An average over n iterates moves by 1/n of what it is away from them, which
+        # 8 bits of mantissa round to nothing from n = 256 on.
+        raise ValueError(
+            f"dtype must be float32 or float64, or None, got {wide.name!r}: a narrower "
+            "average would stand still."
+        )
+    return wide
+
+
+def average_iterates(
+    leak_ratio: jax.typing.ArrayLike = 8,
+    min_horizon: jax.typing.ArrayLike = DEFAULT_MIN_HORIZON,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averages the newest part of the iterates, and leaves the updates alone.
+
+    Last in any chain, also after plain optimizers. After step k it moves
+
+    .. math::
+
+      c \leftarrow c + \frac{x_{k+1} - c}{\max(h, k / r)}, \qquad c_0 = x_0,
+
+    with r = ``leak_ratio`` and h = ``min_horizon``, so that c is an average over about
+    the newest 1/r of all iterates, whenever one looks at it. At a constant rate it is
+    the better model, and one that needs no horizon: `averaged_params` returns it. What
+    is trained goes on as if it were not there.
+
+    The running statistics of batch norm are those of the iterates, and not of their
+    average: see docs/averaging.md for how to renew them.
+
+    Args:
+      leak_ratio: r, an integer of at least 1. Default 8.
+      min_horizon: h, the fewest steps to average over, in [1, inf). Default 32.
+      dtype: to keep the average in, float32 or float64. Default None: float32, or
+        float64 for parameters that are. It is never narrower than a parameter.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is an `AverageState`. Its
+      ``update`` needs ``params``, and ignores extra arguments. A coordinate that is not
+      finite after a step leaves its average as it was.
+
+    Raises:
+      ValueError: at construction, if an argument is out of range; at ``update``, if
+        ``params`` is missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax, sasa_optax
+      >>> optimizer = optax.chain(
+      ...     optax.adamw(1e-3), sasa_optax.average_iterates()
+      ... )
+      >>> params = jnp.ones(3)
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(jnp.ones(3), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params.round(4), sasa_optax.averaged_params(state, params).round(5))
+      [0.999 0.999 0.999] [0.99997 0.99997 0.99997]
+
+    References:
+      Polyak and Juditsky, `Acceleration of stochastic approximation by averaging
+      <https://doi.org/10.1137/0330046>`_, 1992.
+    """
+    _checks.integer("leak_ratio", leak_ratio, 1)
+    _checks.number("min_horizon", min_horizon, "[1, inf)")
+    wide = _dtype(dtype)
+
+    def init(params: optax.Params) -> AverageState:
+        return start(params, wide)
+
+    def update(
+        updates: optax.Updates,
+        state: AverageState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AverageState]:
+        del extra_args
+        params = _checks.params(params, "The average")
+        # As the caller will compute them, so that XLA merges the two.
+        new_params = optax.apply_updates(params, updates)
+        return updates, push(state, new_params, weight(state, leak_ratio, min_horizon))
+
+    return _types.transformation(init, update)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _averages(opt_state: Any) -> list[optax.Params]:
+    """All that a state holds, but for what statistics are measured from."""
+
+    def is_average(node: Any) -> bool:
+        return isinstance(node, AverageState)
+
+    nodes = jax.tree.leaves_with_path(opt_state, is_leaf=is_average)
+    return [
+        node.averaged
+        for path, node in nodes
+        if is_average(node) and jax.tree_util.keystr(path[-1:], simple=True) != "centre"
+    ]
+
+
+def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax.Params:
+    """The averaged model, to evaluate, to keep and to deploy.
+
+    Args:
+      opt_state: the state of an optimizer with `average_iterates` or ``average=True``
+        in it, at any depth: a chain, `optax.masked`, `optax.partition`,
+        `optax.MultiSteps`, a Flax train state.
+      params: the current parameters, which give the result its structure and its
+        dtypes, and take the place of those that are not averaged. Default None: the
+        average as it is kept, which for parameters of float32 or float64 is the same.
+        They are needed where the dtypes differ (bfloat16), with Flax NNX
+        (``nnx.state(model, nnx.Param)``), and under `optax.masked` or
+        `optax.partition`.
+
+    Returns:
+      The average, in buffers of its own: the state may be donated afterwards. Before
+      the first step it is the initial parameters.
+
+    Raises:
+      ValueError: if there is no average in ``opt_state``, or more than one of the same
+        parameter; if ``params`` is needed to fill in what is not averaged; or if it
+        is not of the structure that the average is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import sasa_optax
+      >>> optimizer = sasa_optax.sasa_plus(1.0, average=True)
+      >>> state = optimizer.init(jnp.ones(3))
+      >>> print(sasa_optax.averaged_params(state))
+      [1. 1. 1.]
+    """
+    averages = _averages(opt_state)
+    if not averages:
+        raise ValueError(
+            "opt_state must hold an average: chain `sasa_optax.average_iterates()` "
+            f"last, or pass average=True. Got {type(opt_state)}."
+        )
+    nodes = jax.tree.leaves(averages, is_leaf=_is_masked)
+    if params is None:
+        if len(averages) > 1 or any(map(_is_masked, nodes)):
+            raise ValueError(
+                "params is needed, as opt_state averages parts of the parameters: call "
+                "`sasa_optax.averaged_params(opt_state, params)`."
+            )
+        return jax.tree.map(jnp.copy, averages[0])
+    # By their paths: Flax NNX keeps them in other classes than the parameters.
+    found: dict[Any, jax.Array] = {}
+    for average in averages:
+        for path, leaf in jax.tree.leaves_with_path(average):
+            if path in found:
+                raise ValueError(
+                    "opt_state averages the parameter "
+                    f"{jax.tree_util.keystr(path)} twice."
+                )
+            found[path] = leaf
+
+    def of_leaf(path: Any, x: jax.typing.ArrayLike) -> jax.Array:
+        leaf = found.pop(path, x)
+        if jnp.shape(leaf) != jnp.shape(x):
+            raise ValueError(
+                f"params must have the shapes of those that are averaged, got "
+                f"{jnp.shape(x)} for {jnp.shape(leaf)} at "
+                f"{jax.tree_util.keystr(path)}."
+            )
+        return jnp.array(leaf, jnp.asarray(x).dtype, copy=True)
+
+    result = jax.tree.map_with_path(of_leaf, params)
+    if found:
+        raise ValueError(
+            "params must have the structure of those that are averaged, got no "
+            f"{', '.join(map(jax.tree_util.keystr, found))}."
+        )
+    return result
