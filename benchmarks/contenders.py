@@ -46,7 +46,8 @@ class Method:
       is_ours: of this library.
       knows_horizon: whether it is told how many steps there will be.
       evaluated_at: "last", the last iterate; "schedule_free", which has one of its own;
-        or "average", over the iterates with polynomial weights.
+        "average", over the iterates with polynomial weights; or "averaged_params", of
+        this library.
       sensitivity_rates: for the picture; none where it is not in it.
     """
 
@@ -166,7 +167,17 @@ def adamw_constant(s: Setting) -> optax.GradientTransformation:
     return adamw(s.rate, s)
 
 
+def averaged(inner: Make) -> Make:
+    """`average_iterates` after another optimizer."""
+
+    def make(s: Setting, **more: Any) -> optax.GradientTransformation:
+        return optax.chain(inner(s), sasa_optax.average_iterates(**more))
+
+    return make
+
+
 _our = functools.partial(Method, is_ours=True)
+_averaged = functools.partial(_our, evaluated_at="averaged_params")
 
 METHODS: dict[str, Method] = {
     "sgd-constant": Method(constant, SGD_RATES, sensitivity_rates=SENSITIVITY_RATES),
@@ -216,7 +227,31 @@ METHODS: dict[str, Method] = {
         reduced(functools.partial(prodigy, 1.0), test="equivalence")
     ),
     "adam-salsa": _our(adam_salsa, (1e-3,)),
+    "salsa-averaged": _averaged(ours(sasa_optax.salsa), (1e-3,)),
+    "salsa-centred-averaged": _averaged(
+        ours(sasa_optax.salsa, statistic="centred"), (1e-3,)
+    ),
+    "sasa-plus-averaged": _averaged(ours(sasa_optax.sasa_plus, average=True)),
+    "adam-salsa-averaged": _averaged(adam_salsa, (1e-3,)),
+    "adamw-1e-3-averaged": _averaged(averaged(adamw_constant), (1e-3,)),
+    "prodigy-averaged": _averaged(averaged(functools.partial(prodigy, 1.0))),
+    "sgd-constant-averaged": _averaged(averaged(constant), SGD_RATES),
 }
+
+# Compared at a quarter, a half and all of the steps.
+COSINES = "sgd-cosine", "adamw-cosine"
+ANYTIME = (
+    *COSINES,
+    "schedule-free-sgd",
+    "schedule-free-adamw",
+    "sgd-constant-averaged",
+    "salsa",
+    "salsa-averaged",
+    "salsa-centred-averaged",
+    "sasa-plus-averaged",
+    "adamw-1e-3-averaged",
+    "prodigy-averaged",
+)
 
 
 def method_named(name: str) -> Method:

@@ -8,6 +8,7 @@ benchmarks/results/evidence.jsonl, and what is there is not run again.
     make evidence                                    # docs/evidence.md; an hour or two
     python benchmarks/evidence.py --tasks digits-mlp --methods salsa sgd-cosine
     python benchmarks/evidence.py --methods "salsa(factor=0.5, leak_ratio=4)"
+    python benchmarks/evidence.py --anytime          # also a quarter and a half of it
     python benchmarks/evidence.py --quick            # seconds: does it still run?
 
 A method may be given arguments of its own, as in the third line: for comparing what
@@ -24,7 +25,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import evidence_report
-from contenders import METHODS, method_named
+from contenders import ANYTIME, METHODS, method_named
 from evidence_runs import QUICK, Job, load, run_all, task_named
 from tasks import TASKS
 
@@ -43,6 +44,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--sensitivity", action="store_true", help="also over four decades of rates"
+    )
+    parser.add_argument(
+        "--anytime", action="store_true", help="also at a quarter and a half of it"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
@@ -65,11 +69,18 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     jobs = [Job(task, method, args.seeds, args.results) for task, method in pairs]
     if args.sensitivity:
         jobs += [
-            Job(task, name, args.seeds, args.results, is_sensitivity=True)
+            Job(task, name, args.seeds, args.results, "rates")
             for task in names
             if task in SENSITIVITY_TASKS
             for name in args.methods
             if method_named(name).sensitivity_rates
+        ]
+    if args.anytime:
+        jobs += [
+            Job(task, name, args.seeds, args.results, "parts")
+            for task in names
+            for name in args.methods
+            if name in ANYTIME
         ]
     return jobs
 

@@ -14,7 +14,7 @@ import platform
 import queue
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,8 @@ def evaluated(
         params = optax.contrib.schedule_free_eval_params(carry.opt_state, params)
     elif method.evaluated_at == "average":
         params = carry.average
+    elif method.evaluated_at == "averaged_params":
+        params = sasa_optax.averaged_params(carry.opt_state, params)
     if task.has_running_averages and method.evaluated_at != "last":
         # Those of the iterates are not those of their average.
         some = jax.tree.map(lambda x: x[:50], batches)
@@ -251,10 +253,10 @@ def tune(runs: Runs, seed: int, num_steps: int, budget: int) -> float:
     return min(scores, key=lambda rate: scores[rate])
 
 
-def train(runs: Runs, seeds: int) -> None:
-    """All that the report asks for of a method on a task."""
+def train(runs: Runs, seeds: int, budgets: Iterable[int]) -> None:
+    """All that the report asks for of a method on a task, within these steps."""
     method, task = runs.method, runs.task
-    for budget in task.budgets:
+    for budget in budgets:
         # What does not know the horizon has passed by the smaller budgets on its way.
         num_steps = budget if method.knows_horizon else task.budgets[-1]
         rate = method.rates[0]
@@ -276,10 +278,10 @@ class Job(NamedTuple):
     method: str
     seeds: int
     path: pathlib.Path
-    is_sensitivity: bool = False
+    kind: Literal["budgets", "parts", "rates"] = "budgets"
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.method}" + ", rates" * self.is_sensitivity
+        return f"{self.task}, {self.method}, {self.kind}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -293,7 +295,10 @@ def task_named(name: str) -> Task:
 
 def work(job: Job) -> Job:
     runs = Runs(task_named(job.task), job.method, job.path, load(job.path))
-    (train_sensitivity if job.is_sensitivity else train)(runs, job.seeds)
+    if job.kind == "rates":
+        train_sensitivity(runs, job.seeds)
+    else:
+        train(runs, job.seeds, getattr(runs.task, job.kind))
     return job
 
 

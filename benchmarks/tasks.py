@@ -69,6 +69,14 @@ class Task:
     decoupled_decay: float = 0.0
     has_running_averages: bool = False
 
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """A quarter, a half and all of the largest budget, in whole records."""
+        whole = self.budgets[-1]
+        records = whole // self.steps_per_record
+        quarter, half = (records // n * self.steps_per_record for n in (4, 2))
+        return quarter, half, whole
+
 
 def model_functions(
     make: Callable[[nnx.Rngs], nnx.Module],

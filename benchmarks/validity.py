@@ -93,6 +93,7 @@ def of_sasa_plus(**settings: Any) -> Method:
 METHODS = {
     "zero_mean": of_sasa_plus(test="zero_mean"),
     "equivalence": of_sasa_plus(test="equivalence"),
+    "centred": of_sasa_plus(statistic="centred", test="equivalence"),
     "zero_mean, delta=5": of_sasa_plus(test="zero_mean", delta=5.0),
     "sasa": Method(
         sasa_optax.sasa,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _types
+from sasa_optax import _checks, _tree, _types
 
 DEFAULT_MIN_HORIZON = 32
 
@@ -42,8 +42,8 @@ def start(params: optax.Params, dtype: jnp.dtype | None = None) -> AverageState:
 def weight(
     state: AverageState,
     leak_ratio: jax.typing.ArrayLike,
-    min_horizon: jax.typing.ArrayLike = DEFAULT_MIN_HORIZON,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    min_horizon: jax.typing.ArrayLike,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """That of the next iterate, 1 / max(min_horizon, steps / leak_ratio)."""
     steps = jnp.asarray(optax.safe_increment(state.num_averaged)).astype(dtype)
@@ -154,7 +154,9 @@ def average_iterates(
         params = _checks.params(params, "The average")
         # As the caller will compute them, so that XLA merges the two.
         new_params = optax.apply_updates(params, updates)
-        return updates, push(state, new_params, weight(state, leak_ratio, min_horizon))
+        dtype = _tree.statistic_dtype(params)
+        weight_of_new = weight(state, leak_ratio, min_horizon, dtype)
+        return updates, push(state, new_params, weight_of_new)
 
     return _types.transformation(init, update)
 

@@ -359,9 +359,10 @@ class Controller:
     def _weights(self, state: ControllerState) -> dict[str, jax.Array]:
         """Of the next iterate, in each of the averages that there are."""
         ratios = {"average": self.leak_ratio, "centre": _CENTRE_LEAK_RATIO}
+        min_horizon, dtype = _average.DEFAULT_MIN_HORIZON, state.scale.dtype
         averages = {name: getattr(state, name) for name in ratios}
         return {
-            name: _average.weight(average, ratios[name], dtype=state.scale.dtype)
+            name: _average.weight(average, ratios[name], min_horizon, dtype)
             for name, average in averages.items()
             if average is not None
         }

@@ -296,7 +296,8 @@ def scale_by_salsa(
       test: default ``"zero_mean"``, and ``"equivalence"`` for ``"centred"``.
       statistic: default ``"master"``.
       significance: also of the slope test. Default 0.05; 0.2 for ``"equivalence"``.
-      delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
+      delta: default 0.3 for ``"equivalence"``, 0.35 with ``"centred"``, None for
+        ``"zero_mean"``.
       variance: default ``"batch_means"``.
       leak_ratio: default 8.
       min_samples: default 1000.
@@ -437,7 +438,8 @@ def salsa(
       test: default ``"zero_mean"``, and ``"equivalence"`` for ``"centred"``.
       statistic: default ``"master"``.
       significance: default 0.05; 0.2 for ``"equivalence"``.
-      delta: default 0.3 for ``"equivalence"``, None for ``"zero_mean"``.
+      delta: default 0.3 for ``"equivalence"``, 0.35 with ``"centred"``, None for
+        ``"zero_mean"``.
       variance: default ``"batch_means"``.
       leak_ratio: default 8.
       min_samples: default 1000.

@@ -34,6 +34,12 @@ OPTIMIZERS = {
     "sasa": sasa_optax.sasa(1.0),
     "sasa, decay": sasa_optax.sasa(1.0, weight_decay=1e-4),
     "slope": sasa_optax.slope(1.0),
+    "sgd, averaged": optax.chain(
+        optax.sgd(0.1, momentum=0.9), sasa_optax.average_iterates()
+    ),
+    "adamw, averaged": optax.chain(optax.adamw(1e-3), sasa_optax.average_iterates()),
+    "sasa_plus, averaged": sasa_optax.sasa_plus(1.0, average=True),
+    "sasa_plus, centred": sasa_optax.sasa_plus(1.0, statistic="centred"),
     "adamw, reduced": _reduced(optax.adamw(1e-3)),
     "adam, scale_by_sasa_plus": optax.chain(
         optax.scale_by_adam(), sasa_optax.scale_by_sasa_plus(1e-3)

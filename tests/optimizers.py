@@ -106,8 +106,12 @@ def _windowless(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sasa": functools.partial(sasa_optax.sasa, 1.0),
     "sasa_plus": functools.partial(sasa_optax.sasa_plus, 1.0),
-    "sasa_plus_equivalence": functools.partial(
-        sasa_optax.sasa_plus, 1.0, nu=0.5, weight_decay=0.1, test="equivalence"
+    "sasa_plus_centred": functools.partial(
+        sasa_optax.sasa_plus,
+        1.0,
+        nu=0.5,
+        statistic="centred",
+        average=True,
     ),
     "scale_by_sasa_plus": functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
     "reduce_on_stationarity": sasa_optax.reduce_on_stationarity,
@@ -122,12 +126,21 @@ def _qhm(learning_rate: float, **arguments: Any) -> Optimizer:
     return optax.with_extra_args_support(optimizer)
 
 
+def _averaged(learning_rate: float, **arguments: Any) -> Optimizer:
+    average = sasa_optax.average_iterates(**arguments)
+    return optax.chain(optax.sgd(0.1 * learning_rate), average)
+
+
+# Those that decide nothing.
+PLAIN = ("qhm", "average_iterates")
+
 ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {
     "ssls": _windowless(lambda *args, **kw: _searching(sasa_optax.ssls(*args, **kw))),
     "scale_by_ssls": _windowless(
         lambda *args, **kw: _searching(sasa_optax.scale_by_ssls(*args, **kw))
     ),
     "qhm": _windowless(_qhm),
+    "average_iterates": _windowless(_averaged),
 }
 
 

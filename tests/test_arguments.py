@@ -46,7 +46,7 @@ _MOMENTUM: list[tuple[str, Any, str]] = [
 _NU: list[tuple[str, Any, str]] = [("nu", 1.1, "a number in [0, 1]")]
 _PARTS: list[tuple[str, Any, str]] = [
     ("test", "slope", "'zero_mean' or 'equivalence'"),
-    ("statistic", "master", "a function from Transition to Sample"),
+    ("statistic", "mean", "'master', 'centred', or a function from Transition"),
 ]
 
 _SEARCH: list[tuple[str, Any, str]] = [

@@ -23,7 +23,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optimizers import ALL, SMALL, squares
+from optimizers import ALL, PLAIN, SMALL, squares
 
 import sasa_optax
 
@@ -48,7 +48,7 @@ NOISE = {
 }
 
 # Those that keep a window, and so come to a test.
-_TESTING = [name for name in ALL if "ssls" not in name and name != "qhm"]
+_TESTING = [name for name in ALL if "ssls" not in name and name not in PLAIN]
 # And what each is compared with: the same step without our controller.
 _INNER: dict[str, optax.GradientTransformation] = {
     "sasa_plus": optax.sgd(0.1, momentum=0.9),
@@ -247,7 +247,7 @@ def _shard_map(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -
 
 def _make_parallel(name: str, loss: Callable[[Any], jax.Array]) -> Any:
     """As `make`, inside `shard_map`, where a loss needs a sum over the devices."""
-    if name == "qhm":
+    if name in PLAIN:
         return make(name)
     small = {} if "ssls" in name else SMALL
     if name == "slope":

@@ -643,12 +643,15 @@ def test_nothing_is_printed(guide: dict[str, Any], capfd: Any) -> None:
     assert tuple(capfd.readouterr()) == ("", "")
 
 
-def test_the_state_of_salsa_holds_the_momentum_and_no_other_copy() -> None:
+@pytest.mark.parametrize("average", [True, False])
+def test_the_state_of_salsa_holds_momentum_and_average_and_no_other_copy(
+    average: bool,
+) -> None:
     def num_bytes(size: int) -> int:
-        state = sasa_optax.salsa().init(jnp.zeros(size))
+        state = sasa_optax.salsa(average=average).init(jnp.zeros(size))
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
-    assert num_bytes(20_000) - num_bytes(10_000) == 4 * 10_000
+    assert num_bytes(20_000) - num_bytes(10_000) == (1 + average) * 4 * 10_000
 
 
 def _search_once(

@@ -677,6 +677,8 @@ def assert_untouched(before: Any, after: Any, num_evaluations: int) -> None:
     unmoved = before._replace(
         step=after.step,
         num_nonfinite=after.num_nonfinite,
+        # The step itself was made.
+        average=after.average,
         line_search=before.line_search._replace(
             num_evaluations=before.line_search.num_evaluations + num_evaluations
         ),

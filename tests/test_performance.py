@@ -50,6 +50,10 @@ def one_device() -> dict[str, Any]:
         ("sasa_plus, nu", 0.1),
         ("adamw, reduced", 0.1),
         ("adam, scale_by_sasa_plus", 0.1),
+        ("sgd, averaged", 0.001),
+        ("adamw, averaged", 0.001),
+        ("sasa_plus, averaged", 0.01),
+        ("sasa_plus, centred", 0.1),
     ],
 )
 def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None:
@@ -59,7 +63,7 @@ def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None
 # Beyond the plain optimizer's, in reads and writes of all parameters: <x', d> is two
 # and <d, d> one; <x', g> and <d, g> two each; ||x'||^2 one. A coupled decay reads x_k.
 # A direction that was not in memory is written, and read for the update, and what it
-# is made of is read by itself.
+# is made of is read by itself. An average is read and written, and x' read again.
 @_lays_out_once
 @pytest.mark.parametrize(
     ("name", "plain", "most"),
@@ -70,6 +74,8 @@ def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None
         ("sasa, decay", "sgd", 5 + 3 + 1),
         ("slope", "sgd", 0),
         ("adamw, reduced", "adamw", 3 + 3),
+        ("sgd, averaged", "sgd", 3),
+        ("sasa_plus, averaged", "sasa_plus", 3),
     ],
 )
 def test_passes_over_the_parameters(
