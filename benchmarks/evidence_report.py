@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from contenders import METHODS, Method, method_named
+from contenders import ANYTIME, COSINES, METHODS, Method, method_named
 from evidence_runs import Key, Row, at
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -91,8 +91,12 @@ def outcomes(
 
 def best_tuned(found: dict[str, Outcome]) -> Outcome:
     """By the test data itself, which flatters it."""
-    tuned = [each for name, each in found.items() if METHODS[name].is_tuned]
+    tuned = [each for name, each in found.items() if is_baseline(name)]
     return min(tuned, key=lambda each: each.mean)
+
+
+def is_baseline(name: str) -> bool:
+    return METHODS[name].is_tuned and not METHODS[name].is_ours
 
 
 def gap(task: Task, mine: Outcome, best: Outcome) -> float:
@@ -207,6 +211,71 @@ def budgets_table(rows: Rows, task: Task) -> str:
     )
 
 
+def best_cosine(rows: Rows, task: Task, budget: int) -> Outcome:
+    """Tuned for this budget; the better of momentum SGD's and AdamW's."""
+    found = outcomes(rows, task, budget, COSINES)
+    return min(found.values(), key=lambda each: each.mean)
+
+
+def anytime_table(rows: Rows, tasks: list[Task]) -> str:
+    """The gaps from the best cosine of a quarter, a half and all of the steps."""
+    names = [name for name in ANYTIME if name not in COSINES]
+    pairs = [(task, budget) for task in tasks for budget in task.parts]
+    close = dict.fromkeys(names, 0)
+    ahead = dict.fromkeys(names, 0)
+    body = []
+    for task, budget in pairs:
+        best = best_cosine(rows, task, budget)
+        found = outcomes(rows, task, budget, names)
+        rival = found["schedule-free-sgd"].mean
+        for name, each in found.items():
+            close[name] += gap(task, each, best) <= tolerance(task)
+            ahead[name] += each.mean < rival
+        cells = [gap_cell(task, found[name], best) for name in names]
+        head = f"{short(best.mean)} ({best.method})"
+        body.append([f"{task.name}, {budget}", head, *cells])
+    total = len(pairs)
+    counts = [["within the target", "", *[f"{close[x]} of {total}" for x in names]]]
+    counts += [["ahead of schedule-free-sgd", "", *[str(ahead[x]) for x in names]]]
+    heads = ["task, steps", "best cosine", *map(name_of, names)]
+    return markdown(heads, body + counts)
+
+
+def has_anytime(rows: Rows, task: Task) -> bool:
+    return all(
+        len(outcomes(rows, task, budget, ANYTIME)) == len(ANYTIME)
+        for budget in task.parts
+    )
+
+
+def anytime(rows: Rows, tasks: list[Task]) -> Figure:
+    """One averaged run of SALSA, against a cosine tuned for each of three budgets."""
+
+    def draw(ax: Axes, task: Task) -> None:
+        ends = []
+        for budget in task.parts:
+            best = best_cosine(rows, task, budget)
+            curve = mean_curve([row["test"] for row in best.rows])
+            label = "the best cosine, tuned for each of three budgets"
+            ax.plot(steps_of(best.rows[0]), curve, "k--", lw=1, label=label)
+            ends.append((budget, best.mean))
+        ax.plot(*zip(*ends, strict=True), "ko", ms=4)
+        shown = {
+            "salsa": ("C0:", "SALSA, the last iterate"),
+            "salsa-averaged": ("C0-", "SALSA, averaged: one run"),
+            "schedule-free-sgd": ("C1-", "schedule_free_sgd"),
+        }
+        for name, (style, label) in shown.items():
+            each = outcomes(rows, task, task.parts[-1], [name])[name]
+            curve = mean_curve([row["test"] for row in each.rows])
+            ax.plot(steps_of(each.rows[0]), curve, style, lw=1.3, label=label)
+        ax.set(ylabel=f"test, {task.unit}", xlabel="step")
+        least, height = min(end for _, end in ends), abs(ends[-1][1])
+        ax.set_ylim(least - 0.05 * height, least + 0.6 * height)
+
+    return grid(tasks, draw)
+
+
 def task_table(rows: Rows, task: Task) -> str:
     """Everything about a task at its largest budget, the best first."""
     found = outcomes(rows, task, task.budgets[-1])
@@ -235,6 +304,8 @@ def task_table(rows: Rows, task: Task) -> str:
 def page_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
     """By the names of their markers in the page."""
     tables = {"gaps": gaps_table(rows, tasks), "variants": variants_table(rows, tasks)}
+    complete = [task for task in tasks if has_anytime(rows, task)]
+    tables["anytime"] = anytime_table(rows, complete)
     several = [task for task in tasks if len(task.budgets) > 1]
     tables["budgets"] = "\n\n".join(budgets_table(rows, task) for task in several)
     tables["tasks"] = "\n\n".join(
@@ -365,6 +436,10 @@ def publish(
     page.write_text(text, encoding="utf-8")
     curves(rows, tasks).savefig(images / "evidence-curves.png", dpi=120)
     rates(rows, tasks).savefig(images / "evidence-rates.png", dpi=120)
+    complete = [task for task in tasks if has_anytime(rows, task)]
+    if complete:
+        picture = anytime(rows, complete)
+        picture.savefig(images / "evidence-anytime.png", dpi=120)
     chosen = [task for task in tasks if has_sensitivity(rows, task)]
     if chosen:
         picture = sensitivity(rows, chosen)

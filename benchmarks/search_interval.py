@@ -60,6 +60,7 @@ def fashion_task(epochs: int) -> Task:
             fashion_mnist.salsa(num_rows // batch_size, interval),
             data,
             fashion_mnist.shuffled_rows(num_rows, batch_size, epochs, seed),
+            batch_size=batch_size,
             seed=seed,
             advance=lambda steps: None,
             report=lambda event: None,

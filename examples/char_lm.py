@@ -3,8 +3,8 @@
 Compares ways to set the rate of Adam on a GRU (Flax NNX), character by character:
 constant; constant, and cut by reduce_on_stationarity; a cosine schedule whose peak was
 tuned; and SALSA with nothing tuned, its line search on the batch of the step, or on the
-next one. Validates on modules left out of the training. Draws all validation losses,
-and what SALSA did, and why.
+next one. Validates on modules left out of the training, at the last iterate and at the
+average over the newest. Draws all validation losses, and what SALSA did, and why.
 
     python examples/char_lm.py --steps 1400 --seeds 1 --out demo
 """
@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -142,6 +143,14 @@ def train_step(
 validation_loss = nnx.jit(loss_fn)
 
 
+def averaged(model: LanguageModel, optimizer: nnx.Optimizer) -> LanguageModel:
+    """The averaged model; the one that is trained stays as it is."""
+    average = nnx.clone(model)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(average, sasa_optax.averaged_params(optimizer.opt_state, params))
+    return average
+
+
 class Method(NamedTuple):
     """A row of the table."""
 
@@ -176,14 +185,19 @@ def adam_with_salsa(
 def methods(num_steps: int) -> list[Method]:
     adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     reduced = sasa_optax.reduce_on_stationarity(
-        min_samples=MIN_SAMPLES, test_interval=TEST_INTERVAL
+        min_samples=MIN_SAMPLES, test_interval=TEST_INTERVAL, average=True
     )
+    average = sasa_optax.average_iterates()
     cosine = optax.cosine_decay_schedule(COSINE_PEAK, num_steps)
     # On the same mini-batch Adam's updates look better than they are: there the default
     # asks for more of a decrease than the paper does.
     salsa, salsa_next = adam_with_salsa(), adam_with_salsa(sufficient_decrease=0.05)
     return [
-        Method(f"AdamW, constant {LEARNING_RATE:g}", adamw, LEARNING_RATE),
+        Method(
+            f"AdamW, constant {LEARNING_RATE:g}",
+            optax.chain(adamw, average),
+            LEARNING_RATE,
+        ),
         Method(
             "  + reduce_on_stationarity",
             optax.chain(adamw, reduced),
@@ -192,7 +206,7 @@ def methods(num_steps: int) -> list[Method]:
         ),
         Method(
             f"AdamW, tuned cosine ({COSINE_PEAK:g})",
-            optax.adamw(cosine, weight_decay=WEIGHT_DECAY),
+            optax.chain(optax.adamw(cosine, weight_decay=WEIGHT_DECAY), average),
             0.0,
         ),
         Method("Adam + SALSA, nothing tuned", salsa, 0.0, has_controller=True),
@@ -211,12 +225,9 @@ class Run:
     """One training run: validation losses by step, and its time."""
 
     validation: dict[int, float]
+    averaged: dict[int, float]
     seconds: float
     history: sasa_optax.History
-
-    @property
-    def final_loss(self) -> float:
-        return list(self.validation.values())[-1]
 
 
 def train(
@@ -236,7 +247,8 @@ def train(
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     step_fn = nnx.cached_partial(train_step, model, optimizer)
     random, held_out = np.random.default_rng(seed), validation_windows()
-    history, losses, validation = sasa_optax.History(), [], {}
+    history, losses = sasa_optax.History(), []
+    validation, of_average = {}, {}
     batch = random_windows(text, batch_size, random)
     for step in range(1, num_steps + 1):
         next_batch = random_windows(text, batch_size, random)
@@ -245,6 +257,7 @@ def train(
         batch = next_batch
         if step % VALIDATE_EVERY == 0 or step == num_steps:
             validation[step] = validation_loss(model, held_out)
+            of_average[step] = validation_loss(averaged(model, optimizer), held_out)
         if step % RECORD_EVERY == 0 or step == num_steps:
             if method.has_controller:
                 metrics = sasa_optax.metrics(optimizer.opt_state)
@@ -253,8 +266,8 @@ def train(
                     report(event)
             losses.clear()
         advance()
-    validation = {step: float(loss) for step, loss in validation.items()}
-    return Run(validation, time.perf_counter() - started, history)
+    validation, of_average = jax.tree.map(float, (validation, of_average))
+    return Run(validation, of_average, time.perf_counter() - started, history)
 
 
 def final_rate(run: Run, rate: float) -> float:
@@ -278,14 +291,22 @@ def joined(values: set[str]) -> str:
     return ", ".join(sorted(values))
 
 
+def final(losses: dict[int, float]) -> float:
+    return list(losses.values())[-1]
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
 def summary(method: Method, runs: list[Run]) -> list[str]:
     """A row of the table: means over the seeds, and how they differ."""
-    losses = [run.final_loss for run in runs]
-    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
     drops = {str(len(run.history.drops)) for run in runs if run.history.rows}
     return [
         method.name,
-        f"{statistics.mean(losses):.3f}{spread}",
+        mean_and_spread([final(run.validation) for run in runs]),
+        mean_and_spread([final(run.averaged) for run in runs]),
         joined({f"{final_rate(run, method.rate):.2g}" for run in runs}),
         joined(drops) or "-",
         joined({evaluations_a_step(run) for run in runs}),
@@ -297,15 +318,17 @@ def plot_validation(runs: dict[str, Run], path: pathlib.Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
     # A run that has diverged would hide how the others differ.
-    best = min(run.final_loss for run in runs.values())
+    best = min(final(run.averaged) for run in runs.values())
     bottom, top = 0.95 * best, 1.45 * best
-    for name, run in runs.items():
-        steps, losses = zip(*run.validation.items(), strict=True)
-        is_outside = min(losses) > top
+    for color, (name, run) in enumerate(runs.items()):
+        is_outside = min(run.averaged.values()) > top
         note = f" (above {top:.1f} throughout)" if is_outside else ""
-        ax.plot(steps, losses, marker=".", label=name + note)
+        ax.plot(*zip(*run.validation.items(), strict=True), f"C{color}-", alpha=0.3)
+        averaged = zip(*run.averaged.items(), strict=True)
+        ax.plot(*averaged, f"C{color}.-", label=name + note)
     ax.set(ylim=(bottom, top))
     ax.set(xlabel="step", ylabel="validation loss, nats a character")
+    ax.set_title("averaged (pale: the last iterate)", fontsize="medium")
     ax.legend()
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -330,10 +353,16 @@ def main() -> None:
         f"{args.steps} steps a run, {args.seeds} seeds."
     )
     seeds = range(args.seed, args.seed + args.seeds)
-    table = Table(title="Standard library: ways to set the learning rate")
+    table = Table(
+        title="Standard library: validation loss, nats a character",
+        pad_edge=False,
+        box=SIMPLE,
+        collapse_padding=True,
+    )
     table.add_column("optimizer", no_wrap=True)
     # The last but one: of the loss, by the line search, while it went on.
-    for heading in ("nats/char", "rate", "drops", "evals\na step", "seconds\na run"):
+    headings = "last", "averaged", "rate", "drops", "evals\na step", "s"
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     first: dict[str, Run] = {}
     with Progress(console=console) as progress:

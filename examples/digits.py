@@ -2,7 +2,8 @@
 
 Compares SALSA, with nothing tuned, with the same optimizer at a constant rate, under a
 cosine schedule whose peak was tuned on validation images, and under SASA+; and AdamW
-with and without reduce_on_stationarity. Then draws what SALSA did, and why.
+with and without reduce_on_stationarity. Each is evaluated twice: the last iterate, and
+the average over the newest. Then draws what SALSA did, and why.
 
     python examples/digits.py --epochs 400 --seeds 3 --out demo
 """
@@ -119,12 +120,21 @@ def accuracy(model: Mlp, images: Array, labels: Array) -> jax.Array:
     return 100 * jnp.mean(jnp.argmax(model(images), axis=-1) == labels)
 
 
+def averaged(model: Mlp, optimizer: nnx.Optimizer) -> Mlp:
+    """The averaged model; the one that is trained stays as it is."""
+    average = nnx.clone(model)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(average, sasa_optax.averaged_params(optimizer.opt_state, params))
+    return average
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One training run: its accuracies in percent, and its time."""
 
     validation: float
     test: float
+    averaged: float
     seconds: float
     history: sasa_optax.History
 
@@ -163,6 +173,7 @@ def train(
     return Run(
         validation=float(accuracy(model, *digits.validation)),
         test=float(accuracy(model, *digits.test)),
+        averaged=float(accuracy(averaged(model, optimizer), *digits.test)),
         seconds=time.perf_counter() - started,
         history=history,
     )
@@ -176,16 +187,20 @@ def final_rate(run: Run, rate: float) -> float:
     return last.get("learning_rate", rate * last["scale"])
 
 
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
 def summary(name: str, runs: list[Run], rate: float) -> list[str]:
     """A row of the table: means over the seeds, and how they differ."""
-    tests = [run.test for run in runs]
-    spread = f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
-    rates = {final_rate(run, rate) for run in runs}
+    rates = sorted({f"{final_rate(run, rate):.1g}" for run in runs}, key=float)
     drops = {len(run.history.drops) for run in runs if run.history.rows}
     return [
         name,
-        f"{statistics.mean(tests):.2f}{spread}",
-        ", ".join(f"{rate:.2g}" for rate in sorted(rates)),
+        mean_and_spread([run.test for run in runs]),
+        mean_and_spread([run.averaged for run in runs]),
+        rates[0] if len(rates) == 1 else f"{rates[0]} to {rates[-1]}",
         ", ".join(map(str, sorted(drops))) or "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
     ]
@@ -240,21 +255,22 @@ def main() -> None:
                 for seed in seeds
             ]
 
-        constant = runs(
-            "constant rate",
-            sasa_optax.qhm(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-        )
+        average = sasa_optax.average_iterates()
+        momentum = sasa_optax.qhm(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        constant = runs("constant rate", optax.chain(momentum, average))
         cosines = {}
         for peak in COSINE_PEAKS:
             schedule = optax.cosine_decay_schedule(peak, num_steps)
             optimizer = sasa_optax.qhm(schedule, weight_decay=WEIGHT_DECAY)
-            cosines[peak] = runs(f"cosine from {peak:g}", optimizer)
+            chain = optax.chain(optimizer, average)
+            cosines[peak] = runs(f"cosine from {peak:g}", chain)
         sasa_plus = runs(
             "SASA+",
             sasa_optax.sasa_plus(
                 LEARNING_RATE,
                 weight_decay=WEIGHT_DECAY,
                 steps_per_epoch=steps_per_epoch,
+                average=True,
             ),
             has_controller=True,
         )
@@ -266,12 +282,14 @@ def main() -> None:
             has_controller=True,
         )
         adamw = optax.adamw(ADAMW_RATE, weight_decay=0.1)
-        constant_adamw = runs("AdamW", adamw)
+        constant_adamw = runs("AdamW", optax.chain(adamw, average))
         reduced = runs(
             "AdamW + reduce_on_stationarity",
             optax.chain(
                 adamw,
-                sasa_optax.reduce_on_stationarity(steps_per_epoch=steps_per_epoch),
+                sasa_optax.reduce_on_stationarity(
+                    steps_per_epoch=steps_per_epoch, average=True
+                ),
             ),
             has_controller=True,
         )
@@ -280,20 +298,20 @@ def main() -> None:
         return statistics.mean(run.validation for run in cosines[peak])
 
     best = max(COSINE_PEAKS, key=validation)
-    title = "Digits: ways to set the learning rate"
-    table = Table(title=title, pad_edge=False, box=SIMPLE)
+    title = "Digits: test accuracy of the last iterate and of the averaged model"
+    table = Table(title=title, pad_edge=False, box=SIMPLE, collapse_padding=True)
     table.add_column("optimizer", no_wrap=True)
-    for column in ("accuracy, %", "final rate", "drops", "s a run"):
+    for column in ("last, %", "averaged, %", "final rate", "drops", "s"):
         table.add_column(column, justify="right")
     rate = LEARNING_RATE
     table.add_row(*summary(f"momentum, constant {rate:g}", constant, rate))
-    table.add_row(*summary(f"momentum, tuned cosine ({best:g})", cosines[best], 0.0))
+    table.add_row(*summary(f"momentum, tuned cosine {best:g}", cosines[best], 0.0))
     table.add_row(*summary(f"SASA+ from {rate:g}", sasa_plus, rate))
     table.add_row(*summary("SALSA, nothing tuned", salsa, rate))
     table.add_row(
         *summary(f"AdamW, constant {ADAMW_RATE:g}", constant_adamw, ADAMW_RATE)
     )
-    table.add_row(*summary("  + reduce_on_stationarity", reduced, ADAMW_RATE))
+    table.add_row(*summary("+ reduce_on_stationarity", reduced, ADAMW_RATE))
     console.print(table)
 
     args.out.mkdir(parents=True, exist_ok=True)

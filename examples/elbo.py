@@ -2,7 +2,8 @@
 
 Plain JAX: parameters in a dict, no model library. The loss is the negative ELBO of a
 Gaussian with independent coordinates, estimated from one sample a step. The posterior
-is known in closed form, and with it the gap that each way to set the rate leaves.
+is known in closed form, and with it the gap that each way to set the rate leaves, at
+the last iterate and at the average over the newest.
 
     python examples/elbo.py --steps 10000 --seeds 2 --out demo
 """
@@ -93,16 +94,13 @@ def loss_fn(params: Params, problem: Regression, key: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One fit: the gap at each record, the rate at its end, and its time."""
+    """One fit: the gaps at each record, the rate at its end, and its time."""
 
     gaps: list[float]
+    averaged_gaps: list[float]
     rate: float
     seconds: float
     history: sasa_optax.History
-
-    @property
-    def gap(self) -> float:
-        return self.gaps[-1]
 
 
 def steps_fn(
@@ -149,18 +147,21 @@ def fit(
     steps = steps_fn(optimizer, problem)
     params = init_params()
     opt_state = optimizer.init(params)
-    history, gaps = sasa_optax.History(), []
+    history, gaps, averaged_gaps = sasa_optax.History(), [], []
     all_keys = jax.random.split(jax.random.key(seed), num_steps)
     for start in range(0, num_steps, STEPS_PER_RECORD):
         keys = all_keys[start : start + STEPS_PER_RECORD]
         params, opt_state, loss = steps(params, opt_state, keys)
         gaps.append(problem.gap(params))
+        averaged: Any = sasa_optax.averaged_params(opt_state)
+        averaged_gaps.append(problem.gap(averaged))
         if report is not None:
             event = history.record(sasa_optax.metrics(opt_state), loss=loss)
             if event is not None:
                 report(event)
         advance(len(keys))
-    return Run(gaps, rate_of(opt_state), time.perf_counter() - started, history)
+    seconds = time.perf_counter() - started
+    return Run(gaps, averaged_gaps, rate_of(opt_state), seconds, history)
 
 
 def rate_of(opt_state: Any) -> float:
@@ -173,14 +174,18 @@ def rate_of(opt_state: Any) -> float:
 
 def contenders() -> dict[str, optax.GradientTransformation]:
     return {
-        f"Adam, constant {ADAM_RATE:g}": optax.adam(ADAM_RATE),
+        f"Adam, constant {ADAM_RATE:g}": optax.chain(
+            optax.adam(ADAM_RATE), sasa_optax.average_iterates()
+        ),
         "  + reduce_on_plateau": optax.chain(
             optax.adam(ADAM_RATE),
             # Without an average over some steps it takes noise for a plateau at once.
             optax.contrib.reduce_on_plateau(accumulation_size=100),
+            sasa_optax.average_iterates(),
         ),
         "  + reduce_on_stationarity": optax.chain(
-            optax.adam(ADAM_RATE), sasa_optax.reduce_on_stationarity(min_samples=100)
+            optax.adam(ADAM_RATE),
+            sasa_optax.reduce_on_stationarity(min_samples=100, average=True),
         ),
         "SALSA, nothing tuned": sasa_optax.salsa(min_samples=100),
         "SALSA along Adam's updates": optax.chain(
@@ -193,13 +198,17 @@ def contenders() -> dict[str, optax.GradientTransformation]:
 def picture(results: dict[str, list[Run]], best: float, path: pathlib.Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     ax = figure.subplots()
-    for name, runs in results.items():
+    for color, (name, runs) in enumerate(results.items()):
         steps = STEPS_PER_RECORD * np.arange(1, len(runs[0].gaps) + 1)
-        ax.plot(steps, np.median([run.gaps for run in runs], axis=0), label=name)
+        last = np.median([run.gaps for run in runs], axis=0)
+        averaged = np.median([run.averaged_gaps for run in runs], axis=0)
+        ax.plot(steps, last, color=f"C{color}", alpha=0.3)
+        ax.plot(steps, averaged, color=f"C{color}", label=name)
     ax.axhline(
         best, color="black", linestyle=":", label="independent coordinates' best"
     )
     ax.set(xlabel="step", ylabel="log evidence - ELBO, nats", yscale="log")
+    ax.set_title("averaged (pale: the last iterate)", fontsize="medium")
     ax.legend(fontsize="small")
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -210,13 +219,15 @@ def nats(gap: float) -> str:
 
 
 def summary(name: str, runs: list[Run], uses_history: bool) -> list[str]:
-    """A row of the table: medians over the seeds, and the range of the gaps."""
-    gaps = [run.gap for run in runs]
+    """A row of the table: medians over the seeds, and the range of the averaged."""
+    last = [run.gaps[-1] for run in runs]
+    averaged = [run.averaged_gaps[-1] for run in runs]
     drops = sorted({len(run.history.drops) for run in runs})
     return [
         name,
-        nats(statistics.median(gaps)),
-        f"{nats(min(gaps))} to {nats(max(gaps))}",
+        nats(statistics.median(last)),
+        nats(statistics.median(averaged)),
+        f"{nats(min(averaged))} to {nats(max(averaged))}",
         f"{statistics.median(run.rate for run in runs):.2g}",
         ", ".join(map(str, drops)) if uses_history else "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
@@ -238,8 +249,8 @@ def main() -> None:
     problem = draw_problem(0)
     results: dict[str, list[Run]] = {}
     title = "Negative ELBO: nats short of the evidence"
-    table = Table(title=title, pad_edge=False, box=SIMPLE)
-    for heading in ("optimizer", "gap", "range", "rate", "drops", "seconds"):
+    table = Table(title=title, pad_edge=False, box=SIMPLE, collapse_padding=True)
+    for heading in ("optimizer", "last", "averaged", "range", "rate", "drops", "s"):
         table.add_column(heading, no_wrap=True)
     with Progress(console=console) as progress:
         total = len(contenders()) * args.seeds * args.steps

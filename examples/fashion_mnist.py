@@ -2,9 +2,10 @@
 
 Compares SALSA, with nothing tuned, with the same optimizer at a constant rate and under
 a cosine schedule whose peak was tuned on validation images, and with AdamW under a
-cosine schedule. The network has batch norm and dropout: `train_step` shows what the
-line search of SALSA then needs. Draws what SALSA did, and why. On all the images, and
-for long enough that the rate settles:
+cosine schedule, each evaluated at the last iterate and at the average over the newest.
+The network has batch norm and dropout: `train_step` shows what the line search of SALSA
+then needs, `with_running_averages` what an averaged model does. Draws what SALSA did,
+and why. On all the images, and for long enough that the rate settles:
 
     python examples/fashion_mnist.py --train-size 55000 --epochs 30 --out demo
 """
@@ -38,6 +39,7 @@ WEIGHT_DECAY = 5e-4
 ADAMW_PEAK = 1e-2
 ADAMW_DECAY = 0.1
 BATCH_NORM_MOMENTUM = 0.9
+NUM_RENEWALS = 66  # after which a thousandth is left of old running averages
 DROPOUT_RATE = 0.2
 NUM_VALIDATION = 5000
 RECORD_EVERY = 25
@@ -175,6 +177,29 @@ def accuracy(model: Cnn, images: jax.Array, labels: jax.Array) -> jax.Array:
     return 100 * jnp.mean(jnp.argmax(model(images), axis=-1) == labels)
 
 
+def averaged(model: Cnn, optimizer: nnx.Optimizer) -> Cnn:
+    """The averaged model, but for what batch norm has to renew."""
+    average = nnx.clone(model)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(average, sasa_optax.averaged_params(optimizer.opt_state, params))
+    return average
+
+
+@nnx.jit
+def renew_batch_norm(model: Cnn, images: jax.Array) -> None:
+    """Moves the running averages towards those of a mini-batch, and nothing else."""
+    model.train()
+    model(images)
+
+
+def with_running_averages(model: Cnn, data: Split, batch_size: int) -> Cnn:
+    """The model with running averages of its own, from the first mini-batches."""
+    for i in range(NUM_RENEWALS):
+        rows = np.arange(i * batch_size, (i + 1) * batch_size) % len(data[1])
+        renew_batch_norm(model, data[0][rows])
+    return model
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """A way to set the rate, and what it ends with if it has no controller."""
@@ -193,20 +218,26 @@ def salsa(steps_per_epoch: int, search_interval: int) -> Contender:
     return Contender("SALSA, nothing tuned", optimizer)
 
 
+def with_average(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    return optax.chain(optimizer, sasa_optax.average_iterates())
+
+
 def cosine(peak: float, num_steps: int) -> Contender:
     schedule = optax.cosine_decay_schedule(peak, num_steps)
-    optimizer = sasa_optax.qhm(schedule, weight_decay=WEIGHT_DECAY)
+    optimizer = with_average(sasa_optax.qhm(schedule, weight_decay=WEIGHT_DECAY))
     return Contender(f"momentum, cosine {peak:g}", optimizer, 0.0)
 
 
 def constant(rate: float) -> Contender:
-    optimizer = sasa_optax.qhm(rate, weight_decay=WEIGHT_DECAY)
+    optimizer = with_average(sasa_optax.qhm(rate, weight_decay=WEIGHT_DECAY))
     return Contender(f"momentum, constant {rate:g}", optimizer, rate)
 
 
 def adamw_cosine(peak: float, num_steps: int) -> Contender:
     schedule = optax.cosine_decay_schedule(peak, num_steps)
-    optimizer = optax.adamw(schedule, weight_decay=ADAMW_DECAY)
+    optimizer = with_average(optax.adamw(schedule, weight_decay=ADAMW_DECAY))
     return Contender(f"AdamW, cosine {peak:g}", optimizer, 0.0)
 
 
@@ -217,6 +248,7 @@ class Run:
     seed: int
     validation: float
     test: float
+    averaged: float
     seconds: float
     final_rate: float
     history: sasa_optax.History
@@ -252,6 +284,7 @@ def train(
     data: FashionMnist,
     batches: Iterator[np.ndarray],
     *,
+    batch_size: int,
     seed: int,
     advance: Callable[[int], None],
     report: Callable[[Event], None],
@@ -271,10 +304,13 @@ def train(
                 report(event)
         advance(len(rows))
     rate = contender.final_rate
+    average = averaged(model, optimizer)
+    average = with_running_averages(average, data.train, batch_size)
     return Run(
         seed=seed,
         validation=float(accuracy(model, *data.validation)),
         test=float(accuracy(model, *data.test)),
+        averaged=float(accuracy(average, *data.test)),
         seconds=time.perf_counter() - started,
         final_rate=history.rows[-1]["learning_rate"] if rate is None else rate,
         history=history,
@@ -301,6 +337,7 @@ def train_all(
                     contender,
                     data,
                     shuffled_rows(num_rows, args.batch_size, args.epochs, seed),
+                    batch_size=args.batch_size,
                     seed=seed,
                     advance=lambda steps: progress.advance(task, steps),
                     report=lambda event: console.print(f"SALSA, {event}"),
@@ -324,6 +361,7 @@ def summary(name: str, runs: list[Run]) -> list[str]:
     return [
         name,
         mean_and_spread([run.test for run in runs]),
+        mean_and_spread([run.averaged for run in runs]),
         ", ".join(f"{rate:.2g}" for rate in rates),
         ", ".join(map(str, drops)) or "-",
         f"{statistics.mean(evaluations):.2f}" if evaluations else "-",
@@ -355,11 +393,12 @@ def print_table(console: Console, rows: list[list[str]]) -> None:
     table = Table(title="Fashion-MNIST: ways to set the learning rate")
     table.add_column("\noptimizer", no_wrap=True)
     for column in (
-        "test\naccuracy, %",
+        "last,\ntest %",
+        "averaged,\ntest %",
         "final\nrate",
         "\ndrops",
-        "evaluations\na step",
-        "seconds\na run",
+        "evals\na step",
+        "s a\nrun",
     ):
         table.add_column(column, justify="right")
     for row in rows:

@@ -1,6 +1,8 @@
 """The averaged model: what is averaged, and how one gets at it."""
 
 import functools
+import pathlib
+import re
 from typing import Any
 
 import chex
@@ -18,6 +20,7 @@ from optimizers import SMALL, squares
 
 import sasa_optax
 
+_ROOT = pathlib.Path(__file__).parent.parent
 _STEPS = 40
 _NOISE = np.random.default_rng(0).normal(size=(_STEPS, 5))
 
@@ -325,6 +328,55 @@ def test_the_centre_of_a_statistic_is_not_the_averaged_model() -> None:
     state, params = _taken(optimizer, jnp.ones(3))
     with pytest.raises(ValueError, match="opt_state must hold an average"):
         sasa_optax.averaged_params(state, params)
+
+
+# Batch norm, in the words of docs/averaging.md.
+
+
+@pytest.fixture(scope="module")
+def guide() -> dict[str, Any]:
+    """The names that its code leaves behind."""
+    text = (_ROOT / "docs" / "averaging.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def _running_mean(old: jax.Array, activations: jax.Array) -> np.ndarray:
+    """Of the averaged model's own activations, batch by batch, after the old one."""
+    mean = np.asarray(old)
+    for batch in np.asarray(activations):
+        mean = 0.9 * mean + 0.1 * batch.mean(axis=0)
+    assert np.abs(mean - old).max() > 0.01
+    return mean
+
+
+def test_the_guide_renews_batch_norm_in_nnx(guide: dict[str, Any]) -> None:
+    model, average, images = guide["model"], guide["average"], guide["images"]
+    params = nnx.state(model, nnx.Param)
+    expected = sasa_optax.averaged_params(guide["nnx_optimizer"].opt_state, params)
+    chex.assert_trees_all_equal(
+        jax.tree.leaves(nnx.state(average, nnx.Param)), jax.tree.leaves(expected)
+    )
+    running = _running_mean(model.norm.mean[...], average.hidden(images))
+    np.testing.assert_allclose(average.norm.mean[...], running, rtol=1e-4, atol=1e-5)
+    # What is trained has not been touched.
+    before = model.norm.mean[...]
+    guide["averaged_model"](model, guide["nnx_optimizer"], images[:3])
+    np.testing.assert_array_equal(model.norm.mean[...], before)
+    assert not model.norm.use_running_average
+
+
+def test_the_guide_renews_batch_norm_in_linen(guide: dict[str, Any]) -> None:
+    state, variables, images = guide["state"], guide["variables"], guide["images"]
+    expected = sasa_optax.averaged_params(state.opt_state)
+    chex.assert_trees_all_equal(variables["params"], expected)
+    layer = variables["params"]["Dense_0"]
+    old = state.batch_stats["BatchNorm_0"]["mean"]
+    running = _running_mean(old, images @ layer["kernel"] + layer["bias"])
+    actual = variables["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(actual, running, rtol=1e-4, atol=1e-5)
 
 
 # Mistakes.
