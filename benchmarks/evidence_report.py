@@ -222,21 +222,25 @@ def anytime_table(rows: Rows, tasks: list[Task]) -> str:
     names = [name for name in ANYTIME if name not in COSINES]
     pairs = [(task, budget) for task in tasks for budget in task.parts]
     close = dict.fromkeys(names, 0)
-    ahead = dict.fromkeys(names, 0)
+    rivals = "schedule-free-sgd", "schedule-free-adamw"
+    ahead = {rival: dict.fromkeys(names, 0) for rival in rivals}
     body = []
     for task, budget in pairs:
         best = best_cosine(rows, task, budget)
         found = outcomes(rows, task, budget, names)
-        rival = found["schedule-free-sgd"].mean
         for name, each in found.items():
             close[name] += gap(task, each, best) <= tolerance(task)
-            ahead[name] += each.mean < rival
+            for rival in rivals:
+                ahead[rival][name] += each.mean < found[rival].mean
         cells = [gap_cell(task, found[name], best) for name in names]
         head = f"{short(best.mean)} ({best.method})"
         body.append([f"{task.name}, {budget}", head, *cells])
     total = len(pairs)
     counts = [["within the target", "", *[f"{close[x]} of {total}" for x in names]]]
-    counts += [["ahead of schedule-free-sgd", "", *[str(ahead[x]) for x in names]]]
+    counts += [
+        [f"ahead of {rival}", "", *[str(ahead[rival][x]) for x in names]]
+        for rival in rivals
+    ]
     heads = ["task, steps", "best cosine", *map(name_of, names)]
     return markdown(heads, body + counts)
 

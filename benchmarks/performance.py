@@ -61,6 +61,10 @@ def plateau(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.chain(optimizer, optax.contrib.reduce_on_plateau())
 
 
+def averaged(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optimizer, sasa_optax.average_iterates())
+
+
 def switched(state: Any) -> Any:
     """The state of SALSA, its search ended."""
     search = state.controller.line_search
@@ -86,6 +90,20 @@ BASELINES = {
 SASA_PLUS = Case("sasa_plus", "sgd", lambda: sasa_optax.sasa_plus(1.0))
 SASA = Case("sasa", "sgd", lambda: sasa_optax.sasa(1.0))
 SWITCHED = Case("salsa, after its switch", "sgd", lambda: sasa_optax.salsa(), switched)
+# As the paper has it.
+WITHOUT_AVERAGE = Case(
+    "salsa, after its switch, average=False",
+    "sgd",
+    lambda: sasa_optax.salsa(average=False),
+    switched,
+)
+AVERAGED_SGD = Case(
+    "average_iterates", "sgd", lambda: averaged(optax.sgd(0.1, momentum=0.9))
+)
+AVERAGED_ADAMW = Case("average_iterates", "adamw", lambda: averaged(optax.adamw(1e-3)))
+CENTRED = Case(
+    "sasa_plus, centred", "sgd", lambda: sasa_optax.sasa_plus(1.0, statistic="centred")
+)
 SEARCHING = Case(
     "salsa, searching",
     "sgd",
@@ -97,10 +115,14 @@ CASES = [
     SASA_PLUS,
     SASA,
     SWITCHED,
+    WITHOUT_AVERAGE,
+    AVERAGED_SGD,
+    CENTRED,
     Case("slope", "sgd", lambda: sasa_optax.slope(1.0)),
     Case("dog", "sgd", lambda: optax.contrib.dog()),
     Case("schedule_free_sgd", "sgd", lambda: optax.contrib.schedule_free_sgd(0.1)),
     REDUCED,
+    AVERAGED_ADAMW,
     Case("reduce_on_plateau", "adamw", lambda: plateau(optax.adamw(1e-3))),
     Case("prodigy", "adamw", lambda: optax.contrib.prodigy()),
     Case(
@@ -429,7 +451,7 @@ def training_steps(
     return Steps(step, (params, rest, prepare(transformation.init(params))), *batch)
 
 
-MODEL_CASES = [SASA_PLUS, SASA, SEARCHING, SWITCHED, REDUCED]
+MODEL_CASES = [SASA_PLUS, SASA, SEARCHING, SWITCHED, REDUCED, AVERAGED_SGD]
 
 
 def megabytes_more(base: Steps, steps: Steps) -> float:
