@@ -74,7 +74,8 @@ class Task:
         """A quarter, a half and all of the largest budget, in whole records."""
         whole = self.budgets[-1]
         records = whole // self.steps_per_record
-        quarter, half = (records // n * self.steps_per_record for n in (4, 2))
+        parts = (max(1, records // n) for n in (4, 2))
+        quarter, half = (part * self.steps_per_record for part in parts)
         return quarter, half, whole
 
 

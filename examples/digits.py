@@ -200,7 +200,7 @@ def summary(name: str, runs: list[Run], rate: float) -> list[str]:
         name,
         mean_and_spread([run.test for run in runs]),
         mean_and_spread([run.averaged for run in runs]),
-        rates[0] if len(rates) == 1 else f"{rates[0]} to {rates[-1]}",
+        rates[0] if len(rates) == 1 else f"{rates[0]}-{rates[-1]}",
         ", ".join(map(str, sorted(drops))) or "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
     ]

@@ -194,6 +194,45 @@ def test_gaps_are_from_the_best_tuned_baseline_at_the_rate_that_was_chosen() -> 
     assert cells["dog-averaged"][1] == "-"
 
 
+def _anytime_rows() -> Any:
+    """At one record, and at two; those with a horizon run anew for each."""
+    ends = {
+        "sgd-cosine": (5.0, 4.0),
+        "adamw-cosine": (6.0, 3.5),
+        "schedule-free-sgd": (5.1, 3.0),
+        "salsa": (5.2, 4.5),
+        "salsa-averaged": (5.05, 3.6),
+    }
+    rows = []
+    for name in contenders.ANYTIME:
+        half, whole = ends.get(name, (7.0, 7.0))
+        method = contenders.METHODS[name]
+        is_anew = method.knows_horizon
+        rate = method.rates[0]
+        rows.append(_row(name, rate, 0, [9.0 if is_anew else half, whole]))
+        if is_anew:
+            rows.append(_row(name, rate, 0, [half], steps=180))
+    return _rows(*rows)
+
+
+def test_a_moment_is_compared_with_the_cosine_tuned_for_it() -> None:
+    task = evidence_runs.task_named(evidence_runs.QUICK)
+    assert task.parts == (180, 180, 360)
+    table = evidence_report.anytime_table(_anytime_rows(), [task])
+    heads, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    column = {head.strip("*"): i for i, head in enumerate(heads)}
+    by_name = {line[0]: line for line in lines}
+    half, whole = by_name["quick, 180"], by_name["quick, 360"]
+    assert (half[1], whole[1]) == ("5 (sgd-cosine)", "3.5 (adamw-cosine)")
+    assert half[column["salsa-averaged"]] == "**+0.05**"
+    assert whole[column["salsa-averaged"]] == "**+0.10**"
+    assert whole[column["salsa"]] == "+1.00"
+    assert by_name["within the target"][column["salsa-averaged"]] == "3 of 3"
+    assert by_name["within the target"][column["salsa"]] == "2 of 3"
+    assert by_name["ahead of schedule-free-sgd"][column["salsa-averaged"]] == "2"
+    assert by_name["ahead of schedule-free-adamw"][column["salsa-averaged"]] == "3"
+
+
 def test_variants_stand_below_what_they_are_variants_of() -> None:
     task = evidence_runs.task_named(evidence_runs.QUICK)
     rows = _rows(
@@ -217,11 +256,9 @@ def test_equals_share_their_rank() -> None:
 
 def test_publishing_renews_the_tables_and_leaves_the_text(tmp_path: Any) -> None:
     task = evidence_runs.task_named(evidence_runs.QUICK)
-    rows = _rows(
-        _row("sgd-cosine", 1.0, 0, [9.0, 3.0]), _row("salsa", 1e-3, 0, [9.0, 3.0])
-    )
+    rows = _anytime_rows()
     page = tmp_path / "evidence.md"
-    names = ("gaps", "budgets", "variants", "tasks")
+    names = ("gaps", "budgets", "variants", "tasks", "anytime")
     text = "".join(f"{name}:\n<!-- {name} -->old<!-- /{name} -->\n" for name in names)
     page.write_text(text + "the end\n")
     for _ in range(2):
@@ -229,8 +266,8 @@ def test_publishing_renews_the_tables_and_leaves_the_text(tmp_path: Any) -> None
     published = page.read_text()
     assert "old" not in published
     assert published.endswith("the end\n")
-    assert published.count("| best tuned | 3 (sgd-cosine)") == 1
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert published.count("| best tuned | 3.5 (adamw-cosine)") == 1
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 @pytest.mark.example
