@@ -83,10 +83,6 @@ def _scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     return array.astype(dtype)
 
 
-def _is_two(leak_ratio: jax.typing.ArrayLike) -> bool:
-    return isinstance(leak_ratio, int) and leak_ratio == _CENTRE_LEAK_RATIO
-
-
 def no_test_yet(dtype: jax.typing.DTypeLike) -> TestResult:
     return TestResult(
         step=jnp.zeros((), jnp.int32),
@@ -200,6 +196,13 @@ class Controller:
     def _uses_centre(self) -> bool:
         return getattr(self.statistic, "uses_centre", False)
 
+    @property
+    def _has_centre(self) -> bool:
+        """One of its own: an average over the newest half serves as well."""
+        ratio = self.leak_ratio
+        is_half = isinstance(ratio, int) and ratio == _CENTRE_LEAK_RATIO
+        return self._uses_centre and not (self.average and is_half)
+
     def _base_rate(self, step: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         rate = self.learning_rate
         return _scalar("learning_rate", rate(step) if callable(rate) else rate, dtype)
@@ -215,8 +218,6 @@ class Controller:
         if self.test is not None:
             capacity = _checks.static_integer("max_window", self.max_window, 5)
             window = _window.empty(self._width, capacity, dtype)
-        shares = self.average and _is_two(self.leak_ratio)
-        has_centre = self._uses_centre and not shares
         return ControllerState(
             step=jnp.zeros((), jnp.int32),
             learning_rate=self._base_rate(jnp.zeros((), jnp.int32), dtype),
@@ -226,7 +227,7 @@ class Controller:
             last_test=no_test_yet(dtype),
             window=window,
             average=_average.start(params) if self.average else None,
-            centre=_average.start(params) if has_centre else None,
+            centre=_average.start(params) if self._has_centre else None,
         )
 
     def rates(self, state: ControllerState) -> tuple[jax.Array, jax.Array]:
@@ -290,6 +291,16 @@ class Controller:
                 f"{self.max_window}: to go on with it, call "
                 f"`state = sasa_optax.resize_window(state, {self.max_window})`."
             )
+
+    def _check_averages(self, state: ControllerState) -> None:
+        needed = {"average": self.average, "centre": self._has_centre}
+        for name, is_needed in needed.items():
+            if is_needed and getattr(state, name) is None:
+                raise ValueError(
+                    f"The state holds no {name}, which average={self.average} and "
+                    f"statistic={self.statistic!r} ask for: to go on with it, give it "
+                    "that of `optimizer.init(params)`, which starts afresh."
+                )
 
     def _advance(
         self,
@@ -358,6 +369,7 @@ class Controller:
 
     def _weights(self, state: ControllerState) -> dict[str, jax.Array]:
         """Of the next iterate, in each of the averages that there are."""
+        self._check_averages(state)
         ratios = {"average": self.leak_ratio, "centre": _CENTRE_LEAK_RATIO}
         min_horizon, dtype = _average.DEFAULT_MIN_HORIZON, state.scale.dtype
         averages = {name: getattr(state, name) for name in ratios}

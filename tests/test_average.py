@@ -427,6 +427,21 @@ def test_params_of_another_structure_or_shape() -> None:
         sasa_optax.averaged_params(state, {"a": jnp.ones(2), "b": jnp.ones(4)})
 
 
+@pytest.mark.parametrize("name", ["average", "centre"])
+def test_a_state_without_what_is_asked_for(name: str) -> None:
+    wanted = {"average": {"average": True}, "centre": {"statistic": "centred"}}
+    params = jnp.ones(2)
+    other = sasa_optax.sasa_plus(1.0, test="equivalence", average=name == "centre")
+    optimizer = sasa_optax.sasa_plus(1.0, test="equivalence", **wanted[name])
+    state = other.init(params)
+    with pytest.raises(ValueError, match=f"The state holds no {name}"):
+        optimizer.update(params, state, params)
+    # As the message says.
+    fresh = getattr(optimizer.init(params).controller, name)
+    state = state._replace(controller=state.controller._replace(**{name: fresh}))
+    optimizer.update(params, state, params)
+
+
 # Faults.
 
 
