@@ -183,6 +183,25 @@ def runs_at(runs: Any, steps: np.ndarray) -> Any:
     return dataclasses.replace(runs, steps=steps)
 
 
+@pytest.mark.parametrize(("name", "is_early"), [("zero_mean", 1), ("centred", 0)])
+def test_from_an_average_no_first_drop_is_early(
+    validity: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    is_early: int,
+) -> None:
+    """By a window of a twentieth of a relaxation time, with the optimum far away."""
+    monkeypatch.setattr(validity, "SHORTEST", 20_000)
+    cell = validity.Quadratic(
+        "far", relaxation=2000.0, distance=10.0, min_samples=100, length=10
+    )
+    row = validity.measure_drops(cell, name, 8)
+    assert row["early"] == is_early
+    assert row["never"] == 0
+    if not is_early:
+        assert 0 < row["delay"][1] < 3
+
+
 def test_a_series_falls_to_zero_when_it_says(validity: ModuleType) -> None:
     cell = validity.Series("short", mean=50.0, trend=9000, steps=20_000)
     seen = validity.Method(lambda: None, {"min_samples": 20, "test_interval": 50})
