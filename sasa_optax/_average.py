@@ -61,7 +61,6 @@ def push(
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
         real = jnp.finfo(c.dtype).dtype
-        # As XLA would fuse it into the update: one more array to read and to write.
         new = c + weight.astype(real) * (x.astype(c.dtype) - c)
         return jnp.where(jnp.isfinite(new), new, c)
 
@@ -80,6 +79,11 @@ def _dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
         raise ValueError(
             f"dtype must be float32 or float64, or None, got {wide.name!r}: a narrower "
             "average would stand still."
+        )
+    if jax.dtypes.canonicalize_dtype(wide) != wide:
+        raise ValueError(
+            f"dtype must be float32 or None, got {wide.name!r}, unless "
+            "`jax_enable_x64` is set."
         )
     return wide
 

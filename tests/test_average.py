@@ -399,6 +399,11 @@ def test_bad_arguments(name: str, value: Any, allowed: str) -> None:
         sasa_optax.average_iterates(**{name: value})
 
 
+def test_double_precision_must_be_there() -> None:
+    with pytest.raises(ValueError, match="'float64', unless `jax_enable_x64` is set"):
+        sasa_optax.average_iterates(dtype="float64")
+
+
 def test_average_must_be_a_boolean() -> None:
     with pytest.raises(ValueError, match="average must be True or False, got 8"):
         sasa_optax.sasa_plus(1.0, average=8)  # pyright: ignore[reportArgumentType]
