@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,3 +192,111 @@ def test_the_gap_of_the_elbo_example_is_evidence_less_elbo() -> None:
 def test_the_language_model_example_runs(tmp_path: pathlib.Path) -> None:
     _run_example("char_lm", "--steps=30", "--seeds=1", f"--out={tmp_path}")
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+# The averaged model.
+
+_AVERAGED = optax.chain(optax.sgd(1.0), sasa_optax.average_iterates())
+# After one step from x = 1 to x = 0.
+_AFTER_ONE = 1 - 1 / 32
+
+
+def test_from_flax_nnx() -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    optimizer = nnx.Optimizer(model, _AVERAGED, wrt=nnx.Param)
+    start = nnx.clone(model)
+
+    @nnx.jit
+    def train_step(model: Any, optimizer: Any) -> Any:
+        params = nnx.state(model, nnx.Param)
+        optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+        return sasa_optax.averaged_params(
+            optimizer.opt_state, nnx.state(model, nnx.Param)
+        )
+
+    inside = train_step(model, optimizer)
+    params = nnx.state(model, nnx.Param)
+    average = sasa_optax.averaged_params(optimizer.opt_state, params)
+    chex.assert_trees_all_equal(inside, average)
+    chex.assert_trees_all_equal_shapes_and_dtypes(average, params)
+    # It goes where the parameters are.
+    averaged = nnx.clone(model)
+    nnx.update(averaged, average)
+    expected = _AFTER_ONE * start.kernel[...] + (1 - _AFTER_ONE) * model.kernel[...]
+    np.testing.assert_allclose(
+        averaged.kernel[...].astype(np.float32), expected.astype(np.float32), rtol=1e-2
+    )
+
+
+def test_from_flax_linen() -> None:
+    model = linen.Dense(3)
+    variables = model.init(jax.random.key(0), jnp.ones(2))
+    state = TrainState.create(
+        apply_fn=model.apply, params=variables["params"], tx=_AVERAGED
+    )
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
+    for given in (None, state.params):
+        average = sasa_optax.averaged_params(state.opt_state, given)
+        chex.assert_trees_all_equal_shapes_and_dtypes(average, state.params)
+        chex.assert_trees_all_close(
+            average,
+            jax.tree.map(lambda x: x - (1 - _AFTER_ONE), variables["params"]),
+            rtol=1e-5,
+        )
+
+
+# Batch norm, in the words of docs/averaging.md.
+
+
+@pytest.fixture(scope="module")
+def averaging() -> dict[str, Any]:
+    """The names that its code leaves behind."""
+    text = (_ROOT / "docs" / "averaging.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def _running_mean(old: jax.Array, activations: jax.Array) -> np.ndarray:
+    """Of the averaged model's own activations, batch by batch, after the old one."""
+    mean = np.asarray(old)
+    for batch in np.asarray(activations):
+        mean = 0.9 * mean + 0.1 * batch.mean(axis=0)
+    assert np.abs(mean - old).max() > 0.01
+    return mean
+
+
+def test_the_guide_renews_batch_norm_in_nnx(averaging: dict[str, Any]) -> None:
+    model, average, images = (
+        averaging["model"],
+        averaging["average"],
+        averaging["images"],
+    )
+    params = nnx.state(model, nnx.Param)
+    expected = sasa_optax.averaged_params(averaging["nnx_optimizer"].opt_state, params)
+    chex.assert_trees_all_equal(
+        jax.tree.leaves(nnx.state(average, nnx.Param)), jax.tree.leaves(expected)
+    )
+    running = _running_mean(model.norm.mean[...], average.hidden(images))
+    np.testing.assert_allclose(average.norm.mean[...], running, rtol=1e-4, atol=1e-5)
+    # What is trained has not been touched.
+    before = model.norm.mean[...]
+    averaging["averaged_model"](model, averaging["nnx_optimizer"], images[:3])
+    np.testing.assert_array_equal(model.norm.mean[...], before)
+    assert not model.norm.use_running_average
+
+
+def test_the_guide_renews_batch_norm_in_linen(averaging: dict[str, Any]) -> None:
+    state, variables, images = (
+        averaging["state"],
+        averaging["variables"],
+        averaging["images"],
+    )
+    expected = sasa_optax.averaged_params(state.opt_state)
+    chex.assert_trees_all_equal(variables["params"], expected)
+    layer = variables["params"]["Dense_0"]
+    old = state.batch_stats["BatchNorm_0"]["mean"]
+    running = _running_mean(old, images @ layer["kernel"] + layer["bias"])
+    actual = variables["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(actual, running, rtol=1e-4, atol=1e-5)
