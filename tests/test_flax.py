@@ -76,14 +76,18 @@ def test_linen_train_state() -> None:
     assert int(metrics["test_step"]) == 40
 
 
-@pytest.fixture(scope="module")
-def guide() -> dict[str, Any]:
-    """The names that the code of docs/salsa.md leaves behind."""
-    text = (_ROOT / "docs" / "salsa.md").read_text()
+def _names_of(page: str) -> dict[str, Any]:
+    """What the code of a page of docs/ leaves behind."""
+    text = (_ROOT / "docs" / page).read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(block, names)
     return names
+
+
+@pytest.fixture(scope="module")
+def guide() -> dict[str, Any]:
+    return _names_of("salsa.md")
 
 
 @pytest.mark.parametrize("state", ["opt_state", "optimizer", "state"])
@@ -250,12 +254,7 @@ def test_from_flax_linen() -> None:
 
 @pytest.fixture(scope="module")
 def averaging() -> dict[str, Any]:
-    """The names that its code leaves behind."""
-    text = (_ROOT / "docs" / "averaging.md").read_text()
-    names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(block, names)
-    return names
+    return _names_of("averaging.md")
 
 
 def _running_mean(old: jax.Array, activations: jax.Array) -> np.ndarray:
