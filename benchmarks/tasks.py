@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -313,18 +314,17 @@ def fashion_cnn() -> Task:
 class Transformer(nnx.Module):
     """Two pre-norm blocks over the characters of a short context."""
 
-    WIDTH, HEADS, CONTEXT = 32, 4, 32
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        width = self.WIDTH
-        self.embedding = nnx.Embed(char_lm.VOCABULARY_SIZE, width, rngs=rngs)
-        self.position = nnx.Embed(self.CONTEXT, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, self.HEADS, rngs) for _ in range(2)])
+    def __init__(
+        self, vocabulary: int, width: int, heads: int, context: int, rngs: nnx.Rngs
+    ) -> None:
+        self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.position = nnx.Embed(context, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.logits = nnx.Linear(width, char_lm.VOCABULARY_SIZE, rngs=rngs)
+        self.logits = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding(tokens) + self.position(jnp.arange(self.CONTEXT))
+        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x))
@@ -346,20 +346,30 @@ class Block(nnx.Module):
         return x + self.narrow(nnx.gelu(self.wide(self.norm2(x))))
 
 
-def char_transformer() -> Task:
-    """On the example's modules, of which it sees less than all."""
-    batch_size, context = 16, Transformer.CONTEXT
+def language_model(
+    name: str,
+    texts: dict[str, np.ndarray],
+    *,
+    vocabulary: int,
+    width: int,
+    heads: int,
+    context: int,
+    batch_size: int,
+    steps_per_record: int,
+    num_test: int,
+    budgets: tuple[int, ...],
+) -> Task:
+    """A transformer on windows of a text, drawn at random."""
     # There are no epochs here; but to be told nothing, in so short a run, means to do
     # nothing. So ours are told the steps between two evaluations.
-    steps_per_record = 200
-    held_out = char_lm.tokens_of(char_lm.HELD_OUT)
+    held_out = texts["held_out"]
     starts = np.arange(0, len(held_out) - context - 1, context)
     windows = held_out[starts[:, None] + np.arange(context + 1)]
     data = {
-        "train": jnp.asarray(char_lm.tokens_of(char_lm.TRAINING)),
+        "train": jnp.asarray(texts["train"]),
         # Every fourth to choose by, the others to report.
-        "validation": jnp.asarray(windows[::4][:256]),
-        "test": jnp.asarray(np.delete(windows, slice(None, None, 4), axis=0)[:1024]),
+        "validation": jnp.asarray(windows[::4][: num_test // 4]),
+        "test": jnp.asarray(np.delete(windows, slice(None, None, 4), axis=0)[:num_test]),
     }
 
     def draw(key: jax.Array, data: Data) -> Batch:
@@ -374,7 +384,8 @@ def char_transformer() -> Task:
         index = starts[:, None] + jnp.arange(context + 1)
         return windows_loss(model, data["train"][index])
 
-    functions = model_functions(Transformer, loss_fn)
+    make = functools.partial(Transformer, vocabulary, width, heads, context)
+    functions = model_functions(make, loss_fn)
     predict = functions.pop("predict")
 
     def evaluate(params: Params, rest: Rest, data: Data) -> tuple[jax.Array, jax.Array]:
@@ -385,7 +396,7 @@ def char_transformer() -> Task:
         )
 
     return Task(
-        name="char-transformer",
+        name=name,
         unit="nats",
         tolerance=0.01,
         data=data,
@@ -393,9 +404,61 @@ def char_transformer() -> Task:
         evaluate=evaluate,
         steps_per_epoch=steps_per_record,
         steps_per_record=steps_per_record,
-        budgets=(20 * steps_per_record,),
+        budgets=budgets,
         decoupled_decay=0.1,
         **functions,
+    )
+
+
+def char_transformer() -> Task:
+    """On the modules of the example, of which it sees less than all."""
+    return language_model(
+        "char-transformer",
+        {
+            "train": char_lm.tokens_of(char_lm.TRAINING),
+            "held_out": char_lm.tokens_of(char_lm.HELD_OUT),
+        },
+        vocabulary=char_lm.VOCABULARY_SIZE,
+        width=32,
+        heads=4,
+        context=32,
+        batch_size=16,
+        steps_per_record=200,
+        num_test=1024,
+        budgets=(4000,),
+    )
+
+
+def standard_library() -> dict[str, np.ndarray]:
+    """Every module of Python's standard library, its tests included, as bytes.
+
+    Some 30 MB where the tests are installed. Every fiftieth file is held out.
+    """
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        path for path in root.rglob("*.py") if "site-packages" not in path.parts
+    )
+
+    def text(paths: list[pathlib.Path]) -> np.ndarray:
+        return np.frombuffer(b"".join(map(pathlib.Path.read_bytes, paths)), np.uint8)
+
+    train = [path for i, path in enumerate(files) if i % 50]
+    return {"train": text(train), "held_out": text(files[::50])}
+
+
+def byte_gpt() -> Task:
+    """On random windows of the standard library, of which it sees a quarter."""
+    return language_model(
+        "byte-gpt",
+        standard_library(),
+        vocabulary=256,
+        width=64,
+        heads=4,
+        context=64,
+        batch_size=40,
+        steps_per_record=150,
+        num_test=512,
+        budgets=(750, 1500, 3000),
     )
 
 
@@ -547,6 +610,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "fashion-mlp": fashion_mlp,
     "fashion-cnn": fashion_cnn,
     "char-transformer": char_transformer,
+    "byte-gpt": byte_gpt,
     "negative-elbo": negative_elbo,
     "least-squares": least_squares,
     "factorization": factorization,

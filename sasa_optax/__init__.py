@@ -1,10 +1,13 @@
 """Learning rates that drop when a statistical test finds progress has stopped."""
 
+from sasa_optax._adapt import AdaptOnProgressState, adapt_on_progress
 from sasa_optax._average import AverageState, average_iterates, averaged_params
 from sasa_optax._controller import ControllerState
 from sasa_optax._history import Drop, History, Switch, metrics
 from sasa_optax._line_search import LineSearchState
+from sasa_optax._loss_gate import LossState
 from sasa_optax._momentum import SasaState
+from sasa_optax._progress import ProgressState, measure_progress
 from sasa_optax._qhm import ScaleByQhmState, qhm, scale_by_qhm
 from sasa_optax._salsa import salsa, scale_by_salsa, scale_by_ssls, ssls
 from sasa_optax._sasa import (
@@ -39,13 +42,16 @@ from sasa_optax._window import Window, resize_window
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptOnProgressState",
     "AverageState",
     "ControllerState",
     "Drop",
     "EquivalenceTest",
     "History",
     "LineSearchState",
+    "LossState",
     "MeanEstimate",
+    "ProgressState",
     "Sample",
     "Samples",
     "SasaState",
@@ -58,12 +64,14 @@ __all__ = [
     "Transition",
     "Window",
     "ZeroMeanTest",
+    "adapt_on_progress",
     "average_iterates",
     "averaged_params",
     "centred_statistic",
     "estimate_mean",
     "loss_statistic",
     "master_statistic",
+    "measure_progress",
     "metrics",
     "qhm",
     "reduce_on_stationarity",

@@ -69,7 +69,7 @@ def push(
     return AverageState(num_averaged, averaged)
 
 
-def _dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
+def checked_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
     if dtype is None:
         return None
     wide = jnp.dtype(dtype)
@@ -141,7 +141,7 @@ def average_iterates(
     """
     _checks.integer("leak_ratio", leak_ratio, 1)
     _checks.number("min_horizon", min_horizon, "[1, inf)")
-    wide = _dtype(dtype)
+    wide = checked_dtype(dtype)
 
     def init(params: optax.Params) -> AverageState:
         return start(params, wide)

@@ -119,3 +119,13 @@ def exceeds(name: str, value: Any, other_name: str, other: Any) -> None:
             f"{name} must be greater than {other_name}, got {name}={value} and "
             f"{other_name}={other}."
         )
+
+
+def at_least(name: str, value: Any, other_name: str, other: Any) -> None:
+    if any(isinstance(x, Tracer) for x in (value, other)):
+        return
+    if not value >= other:
+        raise ValueError(
+            f"{name} must be at least {other_name}, got {name}={value} and "
+            f"{other_name}={other}."
+        )

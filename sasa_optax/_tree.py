@@ -121,6 +121,34 @@ def inner_products(
     return totals
 
 
+def leaf_products(
+    pairs: Sequence[tuple[optax.Params, optax.Params]],
+    dtype: jax.typing.DTypeLike,
+    axis_name: AxisName = None,
+) -> list[jax.Array]:
+    """The real parts of <x, y> of each leaf by itself, of shape (leaves,) each.
+
+    Over the axes ``axis_name``, where the trees are parts of larger ones, all of them
+    are summed by one collective.
+    """
+    dtype = jnp.dtype(dtype)
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    rows = [list(map(jax.tree.leaves, pair)) for pair in pairs]
+    products = [
+        _leaf_product(x, y, dtype)
+        for xs, ys in rows
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    over = [_axes_of(product, axes) if axes else () for product in products]
+    for some in sorted({each for each in over if each}):
+        places = [i for i, each in enumerate(over) if each == some]
+        sums = jax.lax.psum(jnp.stack([products[i] for i in places]), some)
+        for i, total in zip(places, sums, strict=True):
+            products[i] = total
+    shape = len(pairs), len(products) // len(pairs)
+    return list(jnp.stack([jnp.zeros((), dtype), *products])[1:].reshape(shape))
+
+
 def inner_product(
     x: optax.Params,
     y: optax.Params,

@@ -1,0 +1,214 @@
+"""A rate that follows progress: up while the run goes somewhere, down as it settles."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sasa_optax import _average, _checks, _loss_gate, _progress, _tree, _types
+
+# Over a horizon the scale rises by up to e^1, and falls by up to e^-0.05. As a horizon
+# is an eighth of all steps, it falls as k^-0.4 at most: averaged, such rates are those
+# of Polyak and Ruppert, whose exponents lie between 1/2 and 1.
+_MOST_UP, _MOST_DOWN = 1.0, 0.05
+# In the beginning the rate may still be far off, and progress is raised by the first
+# descent: k steps from the start a fall may be faster by 1 + 400/k, and a rise takes
+# progress that exceeds its target by 1 + 64/k.
+_EARLY, _BAND = 400, 64
+# Progress of a straight line begins at nearly nothing; it says nothing before this.
+_MIN_STEPS = 64
+# What an overshoot and a brake divide the scale by, and how fast the ceiling that they
+# leave behind may rise again, over a horizon.
+_CUT, _CEILING_RISE = 4.0, 1 / 16
+
+
+class AdaptOnProgressState(NamedTuple):
+    """What `adapt_on_progress` remembers: arrays only, of fixed shape and dtype.
+
+    Attributes:
+      scale: what multiplies the updates of the next step, shape ().
+      target: what progress is compared with, shape (). It is a reading.
+      ceiling: what the scale may not exceed since the newest cut, shape (); infinite
+        before the first.
+      sees_loss: whether the newest step was given ``value``, shape (), bool. Without it
+        the scale never rises.
+      num_overshoots: how often the scale was cut as it had risen too far, shape (),
+        int32.
+      num_brakes: how often it was cut, and the parameters put back to their average, as
+        half of what was gained was lost; shape (), int32.
+      num_nonfinite: losses that were not finite, shape (), int32.
+      last_cut: the step of the newest overshoot or brake, 0 before the first; shape (),
+        int32.
+      last_rise: the newest step after which the scale rose, 0 if none did since the
+        newest cut; shape (), int32.
+      losses: the `LossState` of the gate.
+      measured: the `ProgressState`, with the average that `averaged_params`
+        returns.
+
+    Those without a dtype here are float32, or float64 where a parameter is.
+    """
+
+    scale: jax.Array
+    target: jax.Array
+    ceiling: jax.Array
+    sees_loss: jax.Array
+    num_overshoots: jax.Array
+    num_brakes: jax.Array
+    num_nonfinite: jax.Array
+    last_cut: jax.Array
+    last_rise: jax.Array
+    losses: _loss_gate.LossState
+    measured: _progress.ProgressState
+
+
+def _value(value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    array = jnp.asarray(value)
+    if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            "value must be the loss, a floating-point scalar, got "
+            f"{array.dtype} of shape {array.shape}: call "
+            "`updates, state = optimizer.update(grads, state, params, value=loss)`."
+        )
+    return array.astype(dtype)
+
+
+def _clock(state: AdaptOnProgressState) -> tuple[jax.Array, jax.Array]:
+    """The number of this step, the first being one, and the horizon of its average."""
+    average, dtype = state.measured.average, state.scale.dtype
+    steps = jnp.asarray(optax.safe_increment(average.num_averaged))
+    return steps, 1 / _progress.weight(average, dtype)
+
+
+def _cut(
+    state: AdaptOnProgressState,
+    verdict: _loss_gate.Verdict,
+    steps: jax.Array,
+    horizon: jax.Array,
+) -> tuple[AdaptOnProgressState, jax.Array]:
+    """Divides the scale where the losses say that it is too high."""
+    has_risen = (state.last_rise > 0) & (steps - state.last_rise <= horizon)
+    is_overshoot = verdict.is_above & has_risen & ~verdict.is_lost
+    is_cut = is_overshoot | verdict.is_lost
+    scale = jnp.where(is_cut, state.scale / _CUT, state.scale)
+    missed = optax.safe_increment(state.num_nonfinite)
+    restarted = jnp.where(verdict.is_lost, 0, state.losses.num_losses)
+    state = state._replace(
+        scale=scale,
+        ceiling=jnp.where(is_cut, scale, state.ceiling),
+        num_overshoots=state.num_overshoots + is_overshoot,
+        num_brakes=state.num_brakes + verdict.is_lost,
+        num_nonfinite=jnp.where(verdict.is_missing, missed, state.num_nonfinite),
+        last_cut=jnp.where(is_cut, steps, state.last_cut),
+        last_rise=jnp.where(is_cut, 0, state.last_rise),
+        losses=state.losses._replace(num_losses=restarted),
+    )
+    return state, is_cut
+
+
+def _change(
+    state: AdaptOnProgressState, verdict: _loss_gate.Verdict, steps: jax.Array
+) -> jax.Array:
+    """Of the logarithm of the scale over a horizon, as progress asks for."""
+    dtype = state.scale.dtype
+    count = steps.astype(dtype)
+    tiny = jnp.finfo(dtype).tiny
+    error = jnp.log(jnp.maximum(state.measured.progress, tiny) / state.target) / 2
+    # Progress of what has only begun is low, and then too high.
+    begun = jnp.where(state.sees_loss, state.losses.num_losses, steps)
+    up = jnp.clip(error - jnp.log1p(_BAND / count) / 2, 0, _MOST_UP)
+    down = jnp.clip(error, -_MOST_DOWN * (1 + _EARLY / count), 0)
+    return jnp.where(verdict.may_rise, up, 0) + jnp.where(begun < _MIN_STEPS, 0, down)
+
+
+def _changed(
+    state: AdaptOnProgressState,
+    change: jax.Array,
+    steps: jax.Array,
+    horizon: jax.Array,
+) -> AdaptOnProgressState:
+    scale = state.scale * jnp.exp(change / horizon)
+    return state._replace(
+        scale=jnp.minimum(scale, state.ceiling),
+        ceiling=state.ceiling * jnp.exp(_CEILING_RISE / horizon),
+        last_rise=jnp.where(change > 0, steps, state.last_rise),
+    )
+
+
+def adapt_on_progress(
+    momentum: jax.typing.ArrayLike = 0.9,
+    *,
+    target: jax.typing.ArrayLike = 0.4,
+    min_scale: jax.typing.ArrayLike = 0.0,
+    max_scale: jax.typing.ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the updates of any optimizer so that progress stays near a target.
+
+    DOC
+    """
+    _checks.number("momentum", momentum, "[0, 1)")
+    _checks.number("target", target, "(0, 1)")
+    _checks.number("min_scale", min_scale, "[0, inf)")
+    if max_scale is not None:
+        _checks.number("max_scale", max_scale, "(0, inf)")
+        _checks.at_least("max_scale", max_scale, "min_scale", min_scale)
+    _checks.axis_name("axis_name", axis_name)
+    wide = _average.checked_dtype(dtype)
+
+    def init(params: optax.Params) -> AdaptOnProgressState:
+        number = _tree.statistic_dtype(params)
+        return AdaptOnProgressState(
+            scale=_clipped(jnp.ones((), number)),
+            target=jnp.asarray(target, number),
+            ceiling=jnp.full((), jnp.inf, number),
+            sees_loss=jnp.zeros((), bool),
+            num_overshoots=jnp.zeros((), jnp.int32),
+            num_brakes=jnp.zeros((), jnp.int32),
+            num_nonfinite=jnp.zeros((), jnp.int32),
+            last_cut=jnp.zeros((), jnp.int32),
+            last_rise=jnp.zeros((), jnp.int32),
+            losses=_loss_gate.start(number),
+            measured=_progress.start(params, wide),
+        )
+
+    def _clipped(scale: jax.Array) -> jax.Array:
+        # A start below or above the bounds is moved to them.
+        highest = None if max_scale is None else jnp.asarray(max_scale, scale.dtype)
+        return jnp.clip(scale, jnp.asarray(min_scale, scale.dtype), highest)
+
+    def update(
+        updates: optax.Updates,
+        state: AdaptOnProgressState,
+        params: optax.Params | None = None,
+        *,
+        value: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdaptOnProgressState]:
+        del extra_args
+        params = _checks.params(params, "Progress")
+        steps, horizon = _clock(state)
+        verdict, losses = _loss_gate.unseen(), state.losses
+        if value is not None:
+            loss = _value(value, state.scale.dtype)
+            losses, verdict = _loss_gate.watch(losses, loss, horizon)
+        state = state._replace(losses=losses, sees_loss=jnp.asarray(value is not None))
+        state, is_cut = _cut(state, verdict, steps, horizon)
+        scale = _clipped(state.scale)
+        updates, measured = _progress.step(
+            updates,
+            state.measured,
+            params,
+            momentum=momentum,
+            axis_name=axis_name,
+            scale=scale,
+            # A loss that is not finite has no gradient worth following either.
+            returns=verdict.is_lost | verdict.is_missing,
+        )
+        state = state._replace(scale=scale, measured=measured)
+        change = jnp.where(is_cut, 0, _change(state, verdict, steps))
+        state = _changed(state, change, steps, horizon)
+        return updates, state._replace(scale=_clipped(state.scale))
+
+    return _types.transformation(init, update)

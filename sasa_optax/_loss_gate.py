@@ -1,0 +1,138 @@
+"""What the mini-batch losses allow: may the rate rise, has it risen too far?
+
+The gate keeps a fast and a slow average of the losses, and judges both against what the
+run has gained so far. Nothing depends on where the loss has its zero.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Of the fast average: at least this many losses, and this share of the slow one's.
+_MIN_FAST, _FAST_SHARE = 16, 1 / 8
+# A gain counts as real when it exceeds so many standard deviations of the fast average.
+_REAL = 5.0
+# The rate may rise while the loss falls by this share of the gain within a horizon.
+_FALLING = 0.02
+# So much of a real gain is lost when a rise went too far, and when the model is lost.
+_OVERSHOOT, _BRAKE = 0.1, 0.5
+_NUM_DEVIATIONS = 3.0
+
+
+class LossState(NamedTuple):
+    """What the gate remembers of the losses; all of shape ().
+
+    Attributes:
+      num_losses: finite losses since the last brake, int32.
+      num_missed: losses in a row that were not finite, int32.
+      fast: their average over about the newest eighth of a horizon.
+      slow: their average over about a horizon.
+      variance: of a single loss around the fast average.
+      first: the fast average after the first 16 losses.
+      best: the least that the fast average has been since, plus its standard deviation.
+    """
+
+    num_losses: jax.Array
+    num_missed: jax.Array
+    fast: jax.Array
+    slow: jax.Array
+    variance: jax.Array
+    first: jax.Array
+    best: jax.Array
+
+
+class Verdict(NamedTuple):
+    """What the losses say at a step; all bool, of shape ().
+
+    Attributes:
+      may_rise: the loss still falls noticeably, or has not fallen noticeably yet.
+      is_above: a tenth of what was gained is lost again.
+      is_lost: half of what was gained is lost, or the loss is not finite twice in a
+        row.
+      is_missing: the loss is not finite.
+    """
+
+    may_rise: jax.Array
+    is_above: jax.Array
+    is_lost: jax.Array
+    is_missing: jax.Array
+
+
+def start(dtype: jax.typing.DTypeLike) -> LossState:
+    count, number = (lambda: jnp.zeros((), jnp.int32)), (lambda: jnp.zeros((), dtype))
+    return LossState(count(), count(), *(number() for _ in range(5)))
+
+
+def unseen() -> Verdict:
+    """Without losses the rate may not rise, and nothing is known to be wrong."""
+    return Verdict(*(jnp.zeros((), bool) for _ in Verdict._fields))
+
+
+def watch(
+    state: LossState, value: jax.Array, horizon: jax.Array
+) -> tuple[LossState, Verdict]:
+    """Takes the loss of a step, of the state's dtype, and judges it."""
+    value = jax.lax.stop_gradient(value)
+    is_missing = ~jnp.isfinite(value)
+    value = jnp.where(is_missing, state.fast, value)
+    seen = _averaged(state, value, horizon)
+    error = _error_of_fast(seen, horizon)
+    is_judged = seen.num_losses > _MIN_FAST
+    is_fresh = seen.num_losses == _MIN_FAST
+    bound = seen.fast + error
+    first = jnp.where(is_fresh, seen.fast, state.first)
+    best = jnp.where(is_judged, jnp.minimum(state.best, bound), bound)
+    gained = first - best
+    is_real = gained > _REAL * error
+    # How far the loss is surely above its best, and how far above where it began.
+    above_best = seen.fast - _NUM_DEVIATIONS * error - best
+    above_first = seen.fast - _NUM_DEVIATIONS * jnp.sqrt(seen.variance) - first
+    is_falling = seen.slow - seen.fast >= _FALLING * gained
+    is_varying = seen.variance > 0
+    lost = jnp.where(is_real, above_best > _BRAKE * gained, above_first > 0)
+    num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)
+    verdict = Verdict(
+        may_rise=~is_missing & is_varying & (is_falling | ~is_real | ~is_judged),
+        is_above=~is_missing & is_judged & is_real & (above_best > _OVERSHOOT * gained),
+        # Twice in a row, as a single one may be the fault of a mini-batch; and not
+        # again, as a cut has been made.
+        is_lost=(~is_missing & is_judged & lost) | (num_missed == 2),
+        is_missing=is_missing,
+    )
+    seen = seen._replace(first=first, best=best)
+    kept = jax.tree.map(lambda old, new: jnp.where(is_missing, old, new), state, seen)
+    return kept._replace(num_missed=num_missed), verdict
+
+
+def _averaged(state: LossState, value: jax.Array, horizon: jax.Array) -> LossState:
+    num_losses = jnp.asarray(optax.safe_increment(state.num_losses))
+    is_first = num_losses == 1
+    fast_weight = _weight(num_losses, _fast_horizon(horizon))
+    slow_weight = _weight(num_losses, horizon)
+    deviation = jnp.where(is_first, 0, value - state.fast)
+    variance = (1 - fast_weight) * (state.variance + fast_weight * deviation**2)
+    slow = state.slow + slow_weight * (value - state.slow)
+    return state._replace(
+        num_losses=num_losses,
+        fast=jnp.where(is_first, value, state.fast + fast_weight * deviation),
+        slow=jnp.where(
+            is_first, value, state.slow + slow_weight * (value - state.slow)
+        ),
+        variance=jnp.where(is_first, 0, variance),
+    )
+
+
+def _fast_horizon(horizon: jax.Array) -> jax.Array:
+    return jnp.maximum(_MIN_FAST, _FAST_SHARE * horizon)
+
+
+def _weight(num_losses: jax.Array, horizon: jax.Array) -> jax.Array:
+    return 1 / jnp.minimum(num_losses.astype(horizon.dtype), horizon)
+
+
+def _error_of_fast(state: LossState, horizon: jax.Array) -> jax.Array:
+    """The standard deviation of the fast average."""
+    weight = _weight(state.num_losses, _fast_horizon(horizon))
+    return jnp.sqrt(state.variance * weight / (2 - weight))
