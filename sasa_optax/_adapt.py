@@ -144,9 +144,75 @@ def adapt_on_progress(
     axis_name: str | tuple[str, ...] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the updates of any optimizer so that progress stays near a target.
+    r"""Scales the updates of any optimizer so that progress stays near its target.
 
-    DOC
+    Placed after a complete optimizer, it needs no schedule, no horizon and no epochs:
+    give it the loss, and evaluate `averaged_params`. After each step it compares
+    **progress** R, the squared distance of the parameters from their average beside
+    that of a random walk (`measure_progress`), with its target R*, and moves the scale
+    s of the updates:
+
+    .. math::
+
+      s \leftarrow s \cdot \exp\bigl(\tfrac1h\,
+      \mathrm{clip}(\tfrac12 \log(R / R^*), -\rho, 1)\bigr),
+      \qquad h = \max(32, k/8),
+
+    with rho = 0.05, larger in the first steps. Progress above the target says that the
+    run still goes somewhere, so that larger steps would get there faster. Below it,
+    the parameters move around in place, and smaller steps come closer.
+
+    **The loss** is what keeps a rise from going too far. The scale rises only while the
+    loss falls noticeably, or has not begun to. *Overshoot*: a tenth of what the loss has
+    gained is lost again after a rise; the scale is cut to a quarter, and may then rise
+    but slowly. *Brake*: half of it is lost; the scale is cut, and the parameters return
+    to their average. They also return where the loss is not finite; a second such loss
+    in a row is a brake. A loss may be negative. **Without** ``value`` the scale only
+    falls, and ``sees_loss`` in `metrics` is False.
+
+    Args:
+      momentum: beta, in [0, 1), of the optimizer before it: ``b1`` of Adam, 0 for
+        RMSprop and Adafactor. Default 0.9.
+      target: R*, in (0, 1). The higher, the lower the rate. Default 0.4.
+      min_scale: the scale never falls below this, in [0, inf). Default 0.0.
+      max_scale: the scale never rises above this, at least ``min_scale``. Default None:
+        there is no bound.
+      axis_name: inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
+        the parameters are sharded: the sums are then over it, by one all-reduce. Not
+        needed under jit, nor where parameters are replicated. Default None.
+      dtype: to keep the average in, float32 or float64. Default None: float32, or
+        float64 for parameters that are.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is an
+      `AdaptOnProgressState`. Its ``update`` needs ``params``, takes the extra argument
+      ``value``, the loss of the mini-batch, and ignores all others. Where each device
+      has a loss and gradients of its own (`jax.pmap`, `jax.shard_map`), average both
+      before: ``jax.lax.pmean((loss, grads), axis)``. Updates keep their dtypes.
+
+    Raises:
+      ValueError: at construction, if an argument is out of range; at ``update``, if
+        ``params`` is missing, or ``value`` is not a floating-point scalar.
+
+    Example:
+      >>> import jax, optax, sasa_optax
+      >>> import jax.numpy as jnp
+      >>> def loss(x, key):
+      ...     return jnp.sum((x - jax.random.normal(key, x.shape)) ** 2)
+      >>> optimizer = optax.chain(optax.adamw(1e-3), sasa_optax.adapt_on_progress())
+      >>> @jax.jit
+      ... def step(params, state, key):
+      ...     value, grads = jax.value_and_grad(loss)(params, key)
+      ...     updates, state = optimizer.update(grads, state, params, value=value)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = jnp.full(10, 5.0)
+      >>> state = optimizer.init(params)
+      >>> for key in jax.random.split(jax.random.key(0), 2000):
+      ...     params, state = step(params, state, key)
+      >>> bool(jnp.all(jnp.abs(sasa_optax.averaged_params(state)) < 0.5))
+      True
+      >>> bool(sasa_optax.metrics(state)["num_brakes"] == 0)
+      True
     """
     _checks.number("momentum", momentum, "[0, 1)")
     _checks.number("target", target, "(0, 1)")

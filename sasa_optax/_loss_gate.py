@@ -117,9 +117,7 @@ def _averaged(state: LossState, value: jax.Array, horizon: jax.Array) -> LossSta
     return state._replace(
         num_losses=num_losses,
         fast=jnp.where(is_first, value, state.fast + fast_weight * deviation),
-        slow=jnp.where(
-            is_first, value, state.slow + slow_weight * (value - state.slow)
-        ),
+        slow=jnp.where(is_first, value, slow),
         variance=jnp.where(is_first, 0, variance),
     )
 

@@ -86,9 +86,9 @@ def step(
         of_new,
         state.average.num_averaged,
     )
-    lengths = jax.lax.stop_gradient(sums(updates, params, centre))
+    distances, lengths = jax.lax.stop_gradient(sums(updates, params, centre))
     updates, new_params = moved(scaled(updates), params, centre)
-    progress, walks = _measured(state, *lengths, of_new, momentum, always)
+    progress, walks = _measured(state, distances, lengths, of_new, momentum, always)
     if returns is not None:
         walks = jnp.where(returns, 0, walks)
     average = _average.push(state.average, new_params, of_new)
@@ -102,9 +102,8 @@ def _inexact(tree: Any) -> list[jax.Array]:
 
 
 def _scaled(scale: jax.Array, updates: optax.Updates) -> optax.Updates:
-    def multiply(u: jax.typing.ArrayLike) -> jax.Array:
-        u = jnp.asarray(u)
-        is_inexact = jnp.issubdtype(u.dtype, jnp.inexact)
+    def multiply(u: jax.typing.ArrayLike) -> Any:
+        is_inexact = jnp.issubdtype(jnp.asarray(u).dtype, jnp.inexact)
         return _tree.scale(scale, u) if is_inexact else u
 
     return jax.tree.map(multiply, updates)
