@@ -17,6 +17,7 @@ SGD_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Over four decades, for the picture of what a wrong initial rate costs.
 SENSITIVITY_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+PROGRESS_RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1)
 ADAM_SENSITIVITY_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
@@ -176,10 +177,29 @@ def averaged(inner: Make) -> Make:
     return make
 
 
+def following(inner: Make, **arguments: Any) -> Make:
+    """`adapt_on_progress` after another optimizer."""
+
+    def make(s: Setting, **more: Any) -> optax.GradientTransformation:
+        servo = sasa_optax.adapt_on_progress(**(arguments | more))
+        return optax.chain(inner(s), servo)
+
+    return make
+
+
 _our = functools.partial(Method, is_ours=True)
 _averaged = functools.partial(_our, evaluated_at="averaged_params")
 
 METHODS: dict[str, Method] = {
+    "adamw-progress": _averaged(
+        following(adamw_constant), (1e-3,), sensitivity_rates=PROGRESS_RATES
+    ),
+    "adamw-progress(learning_rate=1e-05)": _averaged(
+        following(adamw_constant), (1e-5,)
+    ),
+    "adamw-progress(learning_rate=0.01)": _averaged(following(adamw_constant), (1e-2,)),
+    "prodigy-progress": _averaged(following(functools.partial(prodigy, 1.0))),
+    "sgd-progress": _averaged(following(constant)),
     "sgd-constant": Method(constant, SGD_RATES, sensitivity_rates=SENSITIVITY_RATES),
     "sgd-steps": Method(steps, SGD_RATES, knows_horizon=True),
     "sgd-cosine": Method(
@@ -235,6 +255,9 @@ METHODS: dict[str, Method] = {
     "adam-salsa-averaged": _averaged(adam_salsa, (1e-3,)),
     "adamw-1e-3-averaged": _averaged(averaged(adamw_constant), (1e-3,)),
     "prodigy-averaged": _averaged(averaged(functools.partial(prodigy, 1.0))),
+    "prodigy-stationarity-averaged": _averaged(
+        reduced(functools.partial(prodigy, 1.0), average=True)
+    ),
     "sgd-constant-averaged": _averaged(averaged(constant), SGD_RATES),
 }
 
@@ -242,20 +265,24 @@ METHODS: dict[str, Method] = {
 COSINES = "sgd-cosine", "adamw-cosine"
 ANYTIME = (
     *COSINES,
+    "adamw-progress",
+    "adamw-progress(learning_rate=1e-05)",
+    "adamw-progress(learning_rate=0.01)",
+    "prodigy-progress",
+    "sgd-progress",
+    "prodigy-linear",
     "schedule-free-sgd",
     "schedule-free-adamw",
-    "sgd-constant-averaged",
-    "salsa",
+    "prodigy-stationarity-averaged",
     "salsa-averaged",
-    "salsa-centred-averaged",
-    "sasa-plus-averaged",
     "adamw-1e-3-averaged",
-    "prodigy-averaged",
 )
 
 
 def method_named(name: str) -> Method:
     """One of `METHODS`, or with arguments: "salsa(factor=0.5)"."""
+    if name in METHODS:
+        return METHODS[name]
     base, _, arguments = name.partition("(")
     if base not in METHODS:
         raise SystemExit(f"method must be one of {', '.join(METHODS)}, got {base!r}.")

@@ -15,7 +15,7 @@ from tasks import Task
 Rows = dict[Key, Row]
 
 # What the pictures of whole runs show, beside the best tuned baseline.
-SHOWN = ("salsa", "adamw-stationarity", "schedule-free-adamw", "prodigy-linear")
+SHOWN = ("adamw-progress", "salsa", "schedule-free-adamw", "prodigy-linear")
 
 
 class Outcome(NamedTuple):
@@ -151,17 +151,17 @@ def gaps_table(rows: Rows, tasks: list[Task]) -> str:
     ranked = {name: ranks(each) for name, each in found.items()}
 
     def line(name: str) -> list[str]:
-        cells, mine, close = [], [], 0
+        cells, mine, close = [], [], []
         for task in tasks:
             each = found[task.name].get(name)
             best = best_tuned(found[task.name])
             cells.append("-" if each is None else gap_cell(task, each, best))
             if each is not None:
-                close += gap(task, each, best) <= tolerance(task)
+                close.append(gap(task, each, best) <= tolerance(task))
             if name in ranked[task.name]:
                 mine.append(ranked[task.name][name])
         rank = f"{statistics.mean(mine):.1f}" if mine else ""
-        return [name_of(name), *cells, f"{close} of {len(tasks)}", rank]
+        return [name_of(name), *cells, count(close), rank]
 
     best = [best_tuned(found[task.name]) for task in tasks]
     head = ["best tuned"] + [f"{short(each.mean)} ({each.method})" for each in best]
@@ -217,43 +217,68 @@ def best_cosine(rows: Rows, task: Task, budget: int) -> Outcome:
     return min(found.values(), key=lambda each: each.mean)
 
 
+# What is counted against those that need neither a rate nor a horizon of ours.
+RIVALS = "schedule-free-sgd", "schedule-free-adamw", "prodigy-linear"
+
+
 def anytime_table(rows: Rows, tasks: list[Task]) -> str:
     """The gaps from the best cosine of a quarter, a half and all of the steps."""
     names = [name for name in ANYTIME if name not in COSINES]
-    pairs = [(task, budget) for task in tasks for budget in task.parts]
-    close = dict.fromkeys(names, 0)
-    rivals = "schedule-free-sgd", "schedule-free-adamw"
-    ahead = {rival: dict.fromkeys(names, 0) for rival in rivals}
+    close: dict[str, list[bool]] = {name: [] for name in names}
+    ahead: dict[str, dict[str, list[bool]]] = {
+        rival: {name: [] for name in names} for rival in RIVALS
+    }
     body = []
-    for task, budget in pairs:
+    for task, budget in [(each, part) for each in tasks for part in each.parts]:
         best = best_cosine(rows, task, budget)
         found = outcomes(rows, task, budget, names)
         for name, each in found.items():
-            close[name] += gap(task, each, best) <= tolerance(task)
-            for rival in rivals:
-                ahead[rival][name] += each.mean < found[rival].mean
-        cells = [gap_cell(task, found[name], best) for name in names]
+            close[name].append(gap(task, each, best) <= tolerance(task))
+            for rival in found.keys() & set(RIVALS):
+                ahead[rival][name].append(each.mean < found[rival].mean)
+        cells = [
+            gap_cell(task, found[name], best) if name in found else "-"
+            for name in names
+        ]
         head = f"{short(best.mean)} ({best.method})"
         body.append([f"{task.name}, {budget}", head, *cells])
-    total = len(pairs)
-    counts = [["within the target", "", *[f"{close[x]} of {total}" for x in names]]]
+    counts = [["within the target", "", *[count(close[name]) for name in names]]]
     counts += [
-        [f"ahead of {rival}", "", *[str(ahead[rival][x]) for x in names]]
-        for rival in rivals
+        [f"ahead of {rival}", "", *[count(ahead[rival][name]) for name in names]]
+        for rival in RIVALS
     ]
     heads = ["task, steps", "best cosine", *map(name_of, names)]
     return markdown(heads, body + counts)
 
 
+def count(cases: list[bool]) -> str:
+    return f"{sum(cases)} of {len(cases)}" if cases else "-"
+
+
 def has_anytime(rows: Rows, task: Task) -> bool:
+    """Whether one of the cosines, and what is drawn beside it, was run."""
+
+    def is_there(names: Iterable[str], budget: int) -> bool:
+        return bool(outcomes(rows, task, budget, names))
+
     return all(
-        len(outcomes(rows, task, budget, ANYTIME)) == len(ANYTIME)
+        is_there(COSINES, budget) and is_there([LEADING], budget)
         for budget in task.parts
     )
 
 
+LEADING = "adamw-progress"
+_SHOWN_ANYTIME = {
+    LEADING: ("C0-", "AdamW 1e-3 and adapt_on_progress: one run"),
+    "adamw-progress(learning_rate=1e-05)": ("C0:", "the same from 1e-5"),
+    "adamw-progress(learning_rate=0.01)": ("C0--", "the same from 1e-2"),
+    "schedule-free-adamw": ("C1-", "schedule_free_adamw"),
+    "prodigy-linear": ("C2-", "Prodigy, falling linearly"),
+}
+
+
 def anytime(rows: Rows, tasks: list[Task]) -> Figure:
-    """One averaged run of SALSA, against a cosine tuned for each of three budgets."""
+    """One run without a schedule, against a cosine tuned for each of three budgets."""
 
     def draw(ax: Axes, task: Task) -> None:
         ends = []
@@ -264,13 +289,9 @@ def anytime(rows: Rows, tasks: list[Task]) -> Figure:
             ax.plot(steps_of(best.rows[0]), curve, "k--", lw=1, label=label)
             ends.append((budget, best.mean))
         ax.plot(*zip(*ends, strict=True), "ko", ms=4)
-        shown = {
-            "salsa": ("C0:", "SALSA, the last iterate"),
-            "salsa-averaged": ("C0-", "SALSA, averaged: one run"),
-            "schedule-free-sgd": ("C1-", "schedule_free_sgd"),
-        }
-        for name, (style, label) in shown.items():
-            each = outcomes(rows, task, task.parts[-1], [name])[name]
+        found = outcomes(rows, task, task.parts[-1], _SHOWN_ANYTIME)
+        for name, each in found.items():
+            style, label = _SHOWN_ANYTIME[name]
             curve = mean_curve([row["test"] for row in each.rows])
             ax.plot(steps_of(each.rows[0]), curve, style, lw=1.3, label=label)
         ax.set(ylabel=f"test, {task.unit}", xlabel="step")

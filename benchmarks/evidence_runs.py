@@ -100,7 +100,11 @@ def evaluated(
 
 def rate_of(opt_state: Any, rate: jax.Array) -> jax.Array:
     """What a controller or a plateau has made of the rate; else the rate itself."""
-    kinds = (sasa_optax.ControllerState, optax.contrib.ReduceLROnPlateauState)
+    kinds = (
+        sasa_optax.AdaptOnProgressState,
+        sasa_optax.ControllerState,
+        optax.contrib.ReduceLROnPlateauState,
+    )
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
     for node in nodes:
         if isinstance(node, kinds):
@@ -122,13 +126,15 @@ def run_fn(task: Task, method: Method, num_steps: int) -> Callable:
             batches = task.draw(key, data)
             carry, losses = jax.lax.scan(step, carry, batches)
             validation, test = evaluated(task, method, carry, batches, data)
-            drops = optax.tree.get(carry.opt_state, "num_drops")
+            names = "num_drops", "num_overshoots"
+            counts = [optax.tree.get(carry.opt_state, name) for name in names]
+            drops = next((x for x in counts if x is not None), jnp.int32(0))
             seen = {
                 "train": losses.mean(),
                 "validation": validation,
                 "test": test,
                 "rates": rate_of(carry.opt_state, rate),
-                "drops": jnp.int32(0) if drops is None else drops,
+                "drops": drops,
             }
             return carry, seen
 

@@ -36,7 +36,7 @@ def digits_task(epochs: int) -> Task:
         run = digits.train(
             sasa_optax.salsa(
                 steps_per_epoch=steps_per_epoch,
-                weight_decay=digits.WEIGHT_DECAY,
+                weight_decay=digits.MOMENTUM_DECAY,
                 search_interval=interval,
             ),
             data,

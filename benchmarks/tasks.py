@@ -365,11 +365,12 @@ def language_model(
     held_out = texts["held_out"]
     starts = np.arange(0, len(held_out) - context - 1, context)
     windows = held_out[starts[:, None] + np.arange(context + 1)]
+    others = np.delete(windows, slice(None, None, 4), axis=0)
     data = {
         "train": jnp.asarray(texts["train"]),
         # Every fourth to choose by, the others to report.
         "validation": jnp.asarray(windows[::4][: num_test // 4]),
-        "test": jnp.asarray(np.delete(windows, slice(None, None, 4), axis=0)[:num_test]),
+        "test": jnp.asarray(others[:num_test]),
     }
 
     def draw(key: jax.Array, data: Data) -> Batch:

@@ -1,11 +1,11 @@
-"""Train a convolutional network on Fashion-MNIST, with no rate to choose.
+"""Train a convolutional network on Fashion-MNIST, with no rate to tune.
 
-Compares SALSA, with nothing tuned, with the same optimizer at a constant rate and under
-a cosine schedule whose peak was tuned on validation images, and with AdamW under a
-cosine schedule, each evaluated at the last iterate and at the average over the newest.
-The network has batch norm and dropout: `train_step` shows what the line search of SALSA
-then needs, `with_running_averages` what an averaged model does. Draws what SALSA did,
-and why. On all the images, and for long enough that the rate settles:
+Compares AdamW at its usual 1e-3 with adapt_on_progress, SALSA, momentum SGD at a
+constant rate and under a cosine schedule whose peak was tuned on validation images,
+and AdamW under a cosine schedule, each evaluated at the last iterate and at the
+average over the newest. The network has batch norm and dropout: `train_step` shows
+what the line search of SALSA then needs, `with_running_averages` what an averaged
+model does. Draws what adapt_on_progress did, and why. On all the images:
 
     python examples/fashion_mnist.py --train-size 55000 --epochs 30 --out demo
 """
@@ -36,6 +36,7 @@ import sasa_optax
 LEARNING_RATE = 1.0
 COSINE_PEAKS = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAY = 5e-4
+USUAL_RATE = 1e-3
 ADAMW_PEAK = 1e-2
 ADAMW_DECAY = 0.1
 BATCH_NORM_MOMENTUM = 0.9
@@ -57,7 +58,7 @@ FILES = (
     "t10k-labels-idx1-ubyte.gz",
 )
 
-Event = sasa_optax.Drop | sasa_optax.Switch
+Event = sasa_optax.Cut | sasa_optax.Drop | sasa_optax.Switch
 Split = tuple[jax.Array, jax.Array]
 
 
@@ -164,9 +165,11 @@ def train_step(
         frozen.eval()
         return loss_fn(frozen, images, labels)
 
-    # SALSA compares losses, which dropout would make random: hence inference mode. No
-    # `value`, since the loss above is another function. All others ignore value_fn.
-    optimizer.update(model, grads, value_fn=value_fn)
+    # adapt_on_progress asks for the loss of the step. SALSA compares losses, which
+    # dropout would make random: hence inference mode, and no `value`, since the loss
+    # above is another function. All others ignore both.
+    searches = optax.tree.get(optimizer.opt_state, "line_search_active") is not None
+    optimizer.update(model, grads, value=None if searches else loss, value_fn=value_fn)
     return loss
 
 
@@ -202,11 +205,25 @@ def with_running_averages(model: Cnn, data: Split, batch_size: int) -> Cnn:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A way to set the rate, and what it ends with if it has no controller."""
+    """A way to set the rate.
+
+    Attributes:
+      name: as the table has it.
+      transformation: which is given the loss, or for a line search a function of it.
+      rate: what it ends with, times its scale where it has one; None where it finds it.
+      has_history: whether there is something to record.
+    """
 
     name: str
     transformation: optax.GradientTransformation
-    final_rate: float | None = None
+    rate: float | None = None
+    has_history: bool = False
+
+
+def adaptive() -> Contender:
+    adamw = optax.adamw(USUAL_RATE, weight_decay=ADAMW_DECAY)
+    optimizer = optax.chain(adamw, sasa_optax.adapt_on_progress())
+    return Contender("AdamW, adapt_on_progress", optimizer, USUAL_RATE, True)
 
 
 def salsa(steps_per_epoch: int, search_interval: int) -> Contender:
@@ -215,7 +232,7 @@ def salsa(steps_per_epoch: int, search_interval: int) -> Contender:
         weight_decay=WEIGHT_DECAY,
         search_interval=search_interval,
     )
-    return Contender("SALSA, nothing tuned", optimizer)
+    return Contender("SALSA, nothing tuned", optimizer, has_history=True)
 
 
 def with_average(
@@ -255,14 +272,20 @@ class Run:
 
     @property
     def evaluations_per_step(self) -> float:
-        """Of the loss, while the rate was searched for."""
+        """Of the loss, while SALSA searched for the rate."""
         last, switch = self.history.rows[-1], self.history.switch
-        return last["num_evaluations"] / (switch.step if switch else last["step"])
+        return last.get("num_evaluations", 0) / (
+            switch.step if switch else last["step"]
+        )
+
+    @property
+    def num_cuts(self) -> int:
+        return len(self.history.drops) + len(self.history.cuts)
 
     def to_json(self) -> dict[str, object]:
         fields = {name: x for name, x in vars(self).items() if name != "history"}
         if self.history.rows:
-            fields["num_drops"] = len(self.history.drops)
+            fields["num_cuts"] = self.num_cuts
             fields["evaluations_per_step"] = self.evaluations_per_step
             fields["events"] = self.history.explain().splitlines()
         return fields
@@ -298,12 +321,11 @@ def train(
     history = sasa_optax.History()
     while rows := list(itertools.islice(batches, RECORD_EVERY)):
         losses = jnp.stack([step(data.train, each) for each in rows])
-        if contender.final_rate is None:
+        if contender.has_history:
             metrics = sasa_optax.metrics(optimizer.opt_state)
             if event := history.record(metrics, loss=losses.mean()):
                 report(event)
         advance(len(rows))
-    rate = contender.final_rate
     average = averaged(model, optimizer)
     average = with_running_averages(average, data.train, batch_size)
     return Run(
@@ -312,9 +334,15 @@ def train(
         test=float(accuracy(model, *data.test)),
         averaged=float(accuracy(average, *data.test)),
         seconds=time.perf_counter() - started,
-        final_rate=history.rows[-1]["learning_rate"] if rate is None else rate,
+        final_rate=final_rate(contender, history),
         history=history,
     )
+
+
+def final_rate(contender: Contender, history: sasa_optax.History) -> float:
+    if contender.rate is None:
+        return history.rows[-1]["learning_rate"]
+    return contender.rate * (history.rows[-1]["scale"] if history.rows else 1)
 
 
 def train_all(
@@ -340,7 +368,9 @@ def train_all(
                     batch_size=args.batch_size,
                     seed=seed,
                     advance=lambda steps: progress.advance(task, steps),
-                    report=lambda event: console.print(f"SALSA, {event}"),
+                    report=lambda event, name=contender.name: console.print(
+                        f"{name}, {event}"
+                    ),
                 )
                 for seed in range(args.seed, args.seed + args.seeds)
             ]
@@ -356,14 +386,14 @@ def summary(name: str, runs: list[Run]) -> list[str]:
     """A row of the table: means over the seeds, and how they differ."""
     recorded = [run for run in runs if run.history.rows]
     rates = sorted({run.final_rate for run in runs})
-    drops = sorted({len(run.history.drops) for run in recorded})
-    evaluations = [run.evaluations_per_step for run in recorded]
+    cuts = sorted({run.num_cuts for run in recorded})
+    evaluations = [x for run in recorded if (x := run.evaluations_per_step)]
     return [
         name,
         mean_and_spread([run.test for run in runs]),
         mean_and_spread([run.averaged for run in runs]),
         ", ".join(f"{rate:.2g}" for rate in rates),
-        ", ".join(map(str, drops)) or "-",
+        ", ".join(map(str, cuts)) or "-",
         f"{statistics.mean(evaluations):.2f}" if evaluations else "-",
         f"{statistics.mean(run.seconds for run in runs):.1f}",
     ]
@@ -396,7 +426,7 @@ def print_table(console: Console, rows: list[list[str]]) -> None:
         "last,\ntest %",
         "averaged,\ntest %",
         "final\nrate",
-        "\ndrops",
+        "\ncuts",
         "evals\na step",
         "s a\nrun",
     ):
@@ -426,21 +456,22 @@ def main() -> None:
         f"{len(data.train[1])} training images, {steps_per_epoch} steps an epoch, "
         f"{num_steps} steps a run, {args.seeds} of each kind."
     )
-    untuned = salsa(steps_per_epoch, args.search_interval)
+    untuned = [adaptive(), salsa(steps_per_epoch, args.search_interval)]
     cosines = [cosine(peak, num_steps) for peak in args.peaks]
     others = [constant(LEARNING_RATE), adamw_cosine(ADAMW_PEAK, num_steps)]
-    results = train_all([untuned, *cosines, *others], data, args, console)
+    results = train_all([*untuned, *cosines, *others], data, args, console)
 
     def validation(contender: Contender) -> float:
         return statistics.mean(run.validation for run in results[contender.name])
 
     for each in cosines:
         console.print(f"{each.name}: {validation(each):.2f} % of validation images")
-    shown = [untuned, max(cosines, key=validation), *others]
+    shown = [*untuned, max(cosines, key=validation), *others]
     print_table(console, [summary(each.name, results[each.name]) for each in shown])
-    history = results[untuned.name][0].history
+    history = results[untuned[0].name][0].history
     save(args, results, history)
-    console.print(f"What SALSA did, and why: {args.out / 'fashion_mnist.png'}")
+    picture = args.out / "fashion_mnist.png"
+    console.print(f"What adapt_on_progress did, and why: {picture}")
 
 
 if __name__ == "__main__":

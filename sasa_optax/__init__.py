@@ -3,7 +3,7 @@
 from sasa_optax._adapt import AdaptOnProgressState, adapt_on_progress
 from sasa_optax._average import AverageState, average_iterates, averaged_params
 from sasa_optax._controller import ControllerState
-from sasa_optax._history import Drop, History, Switch, metrics
+from sasa_optax._history import Cut, Drop, History, Switch, metrics
 from sasa_optax._line_search import LineSearchState
 from sasa_optax._loss_gate import LossState
 from sasa_optax._momentum import SasaState
@@ -45,6 +45,7 @@ __all__ = [
     "AdaptOnProgressState",
     "AverageState",
     "ControllerState",
+    "Cut",
     "Drop",
     "EquivalenceTest",
     "History",

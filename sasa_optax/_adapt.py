@@ -8,14 +8,17 @@ import optax
 
 from sasa_optax import _average, _checks, _loss_gate, _progress, _tree, _types
 
-# Over a horizon the scale rises by up to e^1, and falls by up to e^-0.05. As a horizon
-# is an eighth of all steps, it falls as k^-0.4 at most: averaged, such rates are those
-# of Polyak and Ruppert, whose exponents lie between 1/2 and 1.
-_MOST_UP, _MOST_DOWN = 1.0, 0.05
-# In the beginning the rate may still be far off, and progress is raised by the first
-# descent: k steps from the start a fall may be faster by 1 + 400/k, and a rise takes
-# progress that exceeds its target by 1 + 64/k.
-_EARLY, _BAND = 400, 64
+# The logarithm of the scale changes, over a horizon, by log(R / R*) where it rises, and
+# by a tenth of it where it falls; by so much at most. As a horizon is an eighth of all
+# steps, in the end it falls no faster than k^-0.8: averaged, such rates are those of
+# Polyak and Ruppert, whose exponents lie between 1/2 and 1.
+_MOST_UP, _DOWN, _MOST_DOWN = 1.0, 0.1, 0.1
+# The first descent raises progress. So far from the start, a rise takes progress that
+# is above its target by 1 + (128 / k)^2.
+_SETTLING = 128
+# A rise goes too far before progress can tell. So soon after it, a fall is faster by up
+# to 1 + 8 (j / k)^2, where j is the step of the newest rise.
+_CORRECTION = 8.0
 # Progress of a straight line begins at nearly nothing; it says nothing before this.
 _MIN_STEPS = 64
 # What an overshoot and a brake divide the scale by, and how fast the ceiling that they
@@ -87,7 +90,8 @@ def _cut(
     horizon: jax.Array,
 ) -> tuple[AdaptOnProgressState, jax.Array]:
     """Divides the scale where the losses say that it is too high."""
-    has_risen = (state.last_rise > 0) & (steps - state.last_rise <= horizon)
+    since_rise = (steps - state.last_rise).astype(horizon.dtype)
+    has_risen = (state.last_rise > 0) & (since_rise <= horizon)
     is_overshoot = verdict.is_above & has_risen & ~verdict.is_lost
     is_cut = is_overshoot | verdict.is_lost
     scale = jnp.where(is_cut, state.scale / _CUT, state.scale)
@@ -96,8 +100,8 @@ def _cut(
     state = state._replace(
         scale=scale,
         ceiling=jnp.where(is_cut, scale, state.ceiling),
-        num_overshoots=state.num_overshoots + is_overshoot,
-        num_brakes=state.num_brakes + verdict.is_lost,
+        num_overshoots=state.num_overshoots + is_overshoot.astype(jnp.int32),
+        num_brakes=state.num_brakes + verdict.is_lost.astype(jnp.int32),
         num_nonfinite=jnp.where(verdict.is_missing, missed, state.num_nonfinite),
         last_cut=jnp.where(is_cut, steps, state.last_cut),
         last_rise=jnp.where(is_cut, 0, state.last_rise),
@@ -112,12 +116,14 @@ def _change(
     """Of the logarithm of the scale over a horizon, as progress asks for."""
     dtype = state.scale.dtype
     count = steps.astype(dtype)
-    tiny = jnp.finfo(dtype).tiny
-    error = jnp.log(jnp.maximum(state.measured.progress, tiny) / state.target) / 2
+    progress = jnp.maximum(state.measured.progress, jnp.finfo(dtype).tiny)
+    error = jnp.log(progress / state.target)
+    up = jnp.clip(error - jnp.log1p((_SETTLING / count) ** 2), 0, _MOST_UP)
+    newest_rise = jnp.maximum(state.last_rise, _SETTLING).astype(dtype)
+    nearness = jnp.minimum(1, newest_rise / count) ** 2
+    down = jnp.clip(_DOWN * error, -_MOST_DOWN, 0) * (1 + _CORRECTION * nearness)
     # Progress of what has only begun is low, and then too high.
     begun = jnp.where(state.sees_loss, state.losses.num_losses, steps)
-    up = jnp.clip(error - jnp.log1p(_BAND / count) / 2, 0, _MOST_UP)
-    down = jnp.clip(error, -_MOST_DOWN * (1 + _EARLY / count), 0)
     return jnp.where(verdict.may_rise, up, 0) + jnp.where(begun < _MIN_STEPS, 0, down)
 
 
@@ -154,20 +160,21 @@ def adapt_on_progress(
 
     .. math::
 
-      s \leftarrow s \cdot \exp\bigl(\tfrac1h\,
-      \mathrm{clip}(\tfrac12 \log(R / R^*), -\rho, 1)\bigr),
-      \qquad h = \max(32, k/8),
+      \log s \leftarrow \log s + \tfrac1h \,
+      \mathrm{clip}(a \log(R / R^*), -0.1, 1), \qquad h = \max(32, k/8),
 
-    with rho = 0.05, larger in the first steps. Progress above the target says that the
-    run still goes somewhere, so that larger steps would get there faster. Below it,
-    the parameters move around in place, and smaller steps come closer.
+    with a = 1 where it rises and 0.1 where it falls. Progress above the target says
+    that the run still goes somewhere, so that larger steps would get there faster.
+    Below it, the parameters move around in place, and smaller steps come closer. In the
+    first steps a rise takes more progress, and soon after a rise a fall is faster; see
+    docs/progress.md.
 
-    **The loss** is what keeps a rise from going too far. The scale rises only while the
-    loss falls noticeably, or has not begun to. *Overshoot*: a tenth of what the loss has
-    gained is lost again after a rise; the scale is cut to a quarter, and may then rise
-    but slowly. *Brake*: half of it is lost; the scale is cut, and the parameters return
-    to their average. They also return where the loss is not finite; a second such loss
-    in a row is a brake. A loss may be negative. **Without** ``value`` the scale only
+    **The loss** keeps a rise from going too far. The scale rises only while the loss
+    falls noticeably, or has not begun to. *Overshoot*: after a rise a tenth of what the
+    loss has gained is lost again; the scale is cut to a quarter, and then rises slowly
+    at most. *Brake*: half of it is lost; the scale is cut, and the parameters return to
+    their average. They also return where the loss is not finite; a second such loss in
+    a row is a brake. A loss may be negative. **Without** ``value`` the scale only
     falls, and ``sees_loss`` in `metrics` is False.
 
     Args:

@@ -75,7 +75,8 @@ def watch(
 ) -> tuple[LossState, Verdict]:
     """Takes the loss of a step, of the state's dtype, and judges it."""
     value = jax.lax.stop_gradient(value)
-    is_missing = ~jnp.isfinite(value)
+    # Nor may its square overflow, which the variance would never forget.
+    is_missing = ~jnp.isfinite((value - state.fast) ** 2)
     value = jnp.where(is_missing, state.fast, value)
     seen = _averaged(state, value, horizon)
     error = _error_of_fast(seen, horizon)

@@ -60,9 +60,6 @@ def step(
     """
     centre, dtype = state.average.averaged, state.progress.dtype
 
-    def scaled(updates: optax.Updates) -> optax.Updates:
-        return updates if scale is None else _scaled(scale, updates)
-
     def moved(updates: Any, params: Any, centre: Any) -> tuple[Any, Any]:
         if returns is not None:
             updates = _returned(returns, updates, params, centre)
@@ -72,13 +69,14 @@ def step(
     def sums(updates: Any, params: Any, centre: Any) -> list[jax.Array]:
         # Of what is scaled, not of what is applied: that would read the old parameters.
         # They differ where the walk begins anew.
-        updates = scaled(updates)
         offset = _tree.subtract(moved(updates, params, centre)[1], centre)
         offset, updates = _inexact(offset), _inexact(updates)
         pairs = [(offset, offset), (updates, updates)]
         return _tree.leaf_products(pairs, dtype, axis_name)
 
     of_new = weight(state.average, dtype)
+    if scale is not None:
+        updates = _scaled(scale, updates)
     updates, always = _tree.in_sequence(
         updates,
         [params, centre],
@@ -87,7 +85,7 @@ def step(
         state.average.num_averaged,
     )
     distances, lengths = jax.lax.stop_gradient(sums(updates, params, centre))
-    updates, new_params = moved(scaled(updates), params, centre)
+    updates, new_params = moved(updates, params, centre)
     progress, walks = _measured(state, distances, lengths, of_new, momentum, always)
     if returns is not None:
         walks = jnp.where(returns, 0, walks)

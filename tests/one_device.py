@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optimizers import ALL
 
 import sasa_optax
 from sasa_optax import _tree
@@ -40,6 +41,8 @@ OPTIMIZERS = {
     "adamw, averaged": optax.chain(optax.adamw(1e-3), sasa_optax.average_iterates()),
     "sasa_plus, averaged": sasa_optax.sasa_plus(1.0, average=True),
     "sasa_plus, centred": sasa_optax.sasa_plus(1.0, statistic="centred"),
+    "adamw, measured": optax.chain(optax.adamw(1e-3), sasa_optax.measure_progress()),
+    "adamw, adapted": optax.chain(optax.adamw(1e-3), sasa_optax.adapt_on_progress()),
     "adamw, reduced": _reduced(optax.adamw(1e-3)),
     "adam, scale_by_sasa_plus": optax.chain(
         optax.scale_by_adam(), sasa_optax.scale_by_sasa_plus(1e-3)
@@ -100,29 +103,40 @@ def _difference(x: Any, y: Any) -> float:
 
     def between(a: jax.Array, b: jax.Array) -> jax.Array:
         a, b = a.astype(jnp.complex64), b.astype(jnp.complex64)
-        return jnp.max(jnp.abs(a - b) / jnp.maximum(jnp.abs(b), 1))
+        distance = jnp.abs(a - b) / jnp.maximum(jnp.abs(b), 1)
+        return jnp.max(jnp.where(a == b, 0, distance))
 
-    return max(float(z) for z in jax.tree.leaves(jax.tree.map(between, x, y)))
+    return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(between, x, y)))))
 
 
-def main() -> None:
-    assert jax.device_count() == 1
-    optimizer = optax.chain(
+COMPARED = {
+    "reduced": optax.chain(
         optax.sgd(0.1),
         sasa_optax.reduce_on_stationarity(
             min_samples=4, test_interval=5, max_window=64, leak_ratio=1
         ),
-    )
-    in_sequence = _run(optimizer)
-    harmed, _ = _run(optimizer, bad_leaf="a")
+    ),
+    # In the middle of a run, its losses far above that of `_step`, so that it rises.
+    "adapted": ALL["adapt_on_progress"](),
+}
+
+
+def main() -> None:
+    assert jax.device_count() == 1
+    in_sequence = {name: _run(o) for name, o in COMPARED.items()}
+    harmed = {name: _run(o, bad_leaf="a")[0] for name, o in COMPARED.items()}
     compiled = {name: _compiled(o) for name, o in OPTIMIZERS.items()}
     _tree.in_sequence = lambda direction, *_: (direction, jnp.ones((), bool))
-    at_once = _run(optimizer)
+    at_once = {name: _run(o) for name, o in COMPARED.items()}
     result = {
         "compiled": compiled,
-        "num_drops": int(optax.tree.get(in_sequence, "num_drops")),
-        "difference": _difference(in_sequence, at_once),
-        "finite": {k: bool(jnp.all(jnp.isfinite(x))) for k, x in harmed.items()},
+        "num_drops": int(optax.tree.get(in_sequence["reduced"], "num_drops")),
+        "scale": float(optax.tree.get(in_sequence["adapted"], "scale")),
+        "difference": {k: _difference(in_sequence[k], at_once[k]) for k in COMPARED},
+        "finite": {
+            name: {k: bool(jnp.all(jnp.isfinite(x))) for k, x in params.items()}
+            for name, params in harmed.items()
+        },
     }
     json.dump(result, sys.stdout)
 

@@ -131,8 +131,62 @@ def _averaged(learning_rate: float, **arguments: Any) -> Optimizer:
     return optax.chain(optax.sgd(0.1 * learning_rate), average)
 
 
+def _in_midrun(state: Any, params: Any) -> Any:
+    """A state whose next 24 steps have all that may happen: it is 200 steps old.
+
+    As its losses were far below what they are now, the rate rises, which is found to be
+    an overshoot, and then that the model is lost.
+    """
+    loss = squares(params)
+    losses = {"fast": 0.2, "slow": 0.27, "variance": 0.1 * loss, "first": 0.5}
+    losses = {name: x * loss for name, x in losses.items()}
+    state = optax.tree.set(state, num_averaged=jnp.full((), 200, jnp.int32))
+    if optax.tree.get(state, "num_losses") is None:
+        return state
+    kept = optax.tree.get(state, "losses")
+    losses = {name: x.astype(kept.fast.dtype) for name, x in losses.items()}
+    losses = kept._replace(num_losses=jnp.full((), 100, jnp.int32), **losses)
+    return optax.tree.set(state, losses=losses)
+
+
+def _servo(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """In the middle of a run, with a loss of its own, that of the parameters."""
+
+    def made(learning_rate: float, **arguments: Any) -> Optimizer:
+        descent = optax.sgd(0.1 * learning_rate)
+        optimizer = optax.chain(descent, make(momentum=0.0, **arguments))
+
+        def init(params: Any) -> Any:
+            return _in_midrun(optimizer.init(params), params)
+
+        def update(
+            updates: Any, state: Any, params: Any = None, **extra_args: Any
+        ) -> Any:
+            extra_args = {"value": squares(params)} | extra_args
+            return optimizer.update(updates, state, params, **extra_args)
+
+        return Optimizer(init, update)
+
+    return made
+
+
 # Those that decide nothing.
 PLAIN = ("qhm", "average_iterates")
+
+# Those that follow progress, and keep no window.
+SERVOS = ("adapt_on_progress", "measure_progress")
+
+# What an optimizer has decided, in whatever state.
+DECISIONS = (
+    *("num_drops", "last_test", "scale", "num_evaluations", "progress", "ceiling"),
+    *("num_overshoots", "num_brakes", "last_cut", "last_rise"),
+)
+
+
+def decided(state: Any) -> dict[str, Any]:
+    found = {field: optax.tree.get(state, field) for field in DECISIONS}
+    return {field: x for field, x in found.items() if x is not None}
+
 
 ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {
     "ssls": _windowless(lambda *args, **kw: _searching(sasa_optax.ssls(*args, **kw))),
@@ -141,6 +195,8 @@ ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {
     ),
     "qhm": _windowless(_qhm),
     "average_iterates": _windowless(_averaged),
+    "adapt_on_progress": _windowless(_servo(sasa_optax.adapt_on_progress)),
+    "measure_progress": _windowless(_servo(sasa_optax.measure_progress)),
 }
 
 

@@ -64,7 +64,27 @@ _SEARCH: list[tuple[str, Any, str]] = [
     ("max_learning_rate", np.inf, "a number in (0, inf)"),
 ]
 
+_PROGRESS: list[tuple[str, Any, str]] = [
+    ("momentum", 1.0, "a number in [0, 1)"),
+    ("momentum", -0.1, "a number in [0, 1)"),
+    ("momentum", None, "a number in [0, 1)"),
+    ("axis_name", 0, "the name of a mesh axis, a tuple of names, or None"),
+    ("dtype", "bfloat16", "float32 or float64, or None"),
+    ("dtype", "int32", "float32 or float64, or None"),
+]
+
 _CASES = {
+    sasa_optax.measure_progress: _PROGRESS,
+    sasa_optax.adapt_on_progress: [
+        *_PROGRESS,
+        ("target", 0.0, "a number in (0, 1)"),
+        ("target", 1.0, "a number in (0, 1)"),
+        ("target", "0.4", "a number in (0, 1)"),
+        ("min_scale", -0.1, "a number in [0, inf)"),
+        ("min_scale", np.inf, "a number in [0, inf)"),
+        ("max_scale", 0.0, "a number in (0, inf)"),
+        ("max_scale", np.nan, "a number in (0, inf)"),
+    ],
     sasa_optax.sasa_plus: _COMMON + _RATE + _MOMENTUM + _NU + _PARTS,
     sasa_optax.sasa: [*_COMMON, *_RATE, *_MOMENTUM, ("delta", 0, "(0, inf)")],
     sasa_optax.scale_by_sasa_plus: _COMMON + _RATE + _PARTS,
@@ -100,6 +120,8 @@ def test_bad_arguments(
     make: Callable[..., Any], name: str, value: Any, allowed: str
 ) -> None:
     needs_rate = make not in (
+        sasa_optax.adapt_on_progress,
+        sasa_optax.measure_progress,
         sasa_optax.reduce_on_stationarity,
         sasa_optax.scale_by_qhm,
     )
@@ -197,6 +219,48 @@ def test_parts_of_ones_own_that_return_the_wrong_thing(
 
     with pytest.raises(error, match=message):
         step(jnp.ones(2))
+
+
+def test_the_largest_scale_is_at_least_the_smallest() -> None:
+    with pytest.raises(ValueError, match=r"max_scale must be .*min_scale.*0\.5"):
+        sasa_optax.adapt_on_progress(min_scale=0.5, max_scale=0.4)
+
+
+@pytest.mark.parametrize("name", ["adapt_on_progress", "measure_progress"])
+def test_progress_without_params_says_what_to_call(name: str) -> None:
+    optimizer = getattr(sasa_optax, name)()
+    state = optimizer.init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"optimizer\.update\(grads, state, params"):
+        optimizer.update(jnp.ones(2), state, value=jnp.float32(1))
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (np.ones(2, np.float32), "float32 of shape (2,)"),
+        (np.ones((1, 1), np.float32), "float32 of shape (1, 1)"),
+        (3, "int32 of shape ()"),
+        (True, "bool of shape ()"),
+        (np.complex64(1j), "complex64 of shape ()"),
+    ],
+)
+def test_a_loss_that_is_none(value: Any, got: str) -> None:
+    optimizer = sasa_optax.adapt_on_progress()
+    x = jnp.ones(2)
+    with pytest.raises(ValueError, match="value must be the loss") as error:
+        jax.jit(lambda x: optimizer.update(x, optimizer.init(x), x, value=value))(x)
+    assert f"got {got}" in str(error.value)
+    call = "optimizer.update(grads, state, params, value=loss)"
+    assert call in str(error.value)
+
+
+def test_any_floating_type_is_a_loss() -> None:
+    optimizer = sasa_optax.adapt_on_progress()
+    x = jnp.ones(2)
+    for value in (0.5, np.float32(0.5), np.float16(0.5), jnp.bfloat16(0.5)):
+        _, state = optimizer.update(x, optimizer.init(x), x, value=value)
+        assert state.losses.fast.dtype == jnp.float32
+        assert float(state.losses.fast) == 0.5
 
 
 def test_steps_per_epoch_cannot_be_traced() -> None:

@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optimizers import ALL, OPTIMIZERS, PLAIN, SMALL, small
+from optimizers import ALL, OPTIMIZERS, SMALL, decided, small
 
 import sasa_optax
 
@@ -94,6 +94,17 @@ def test_they_have_dropped_by_then(name: str) -> None:
     assert int(optax.tree.get(_uninterrupted(name)[1], "num_drops")) > 0
 
 
+def test_it_has_been_cut_twice_by_then_and_has_risen() -> None:
+    decisions = decided(_uninterrupted("adapt_on_progress")[1])
+    assert int(decisions["num_overshoots"]) == int(decisions["num_brakes"]) == 1
+    assert int(decisions["last_rise"]) > int(decisions["last_cut"])
+
+
+def _counts(decisions: dict[str, Any]) -> list[int]:
+    leaves = jax.tree.leaves(decisions)
+    return [int(x) for x in leaves if not jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
 @_environment("orbax, onto another sharding: the same decisions")
 @for_all
 def test_onto_another_sharding(name: str, tmp_path: pathlib.Path) -> None:
@@ -112,9 +123,8 @@ def test_onto_another_sharding(name: str, tmp_path: pathlib.Path) -> None:
     finished = _run(update, params, state, 11, len(_NOISE))
     expected = _uninterrupted(name)
     chex.assert_trees_all_close(finished, expected, rtol=1e-4, atol=1e-5)
-    if name not in PLAIN:
-        drops = [int(optax.tree.get(x[1], "num_drops")) for x in (finished, expected)]
-        assert drops[0] == drops[1]
+    decisions = [_counts(decided(x[1])) for x in (finished, expected)]
+    assert decisions[0] == decisions[1]
 
 
 @_environment("a state with another `max_window`: an error that says what to do")

@@ -23,7 +23,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optimizers import ALL, PLAIN, SMALL, squares
+from optimizers import ALL, DECISIONS, PLAIN, SERVOS, SMALL, squares
 
 import sasa_optax
 
@@ -48,13 +48,17 @@ NOISE = {
 }
 
 # Those that keep a window, and so come to a test.
-_TESTING = [name for name in ALL if "ssls" not in name and name not in PLAIN]
+_TESTING = [
+    name for name in ALL if "ssls" not in name and name not in (*PLAIN, *SERVOS)
+]
 # And what each is compared with: the same step without our controller.
 _INNER: dict[str, optax.GradientTransformation] = {
     "sasa_plus": optax.sgd(0.1, momentum=0.9),
     "sasa": optax.sgd(0.1, momentum=0.9),
     "scale_by_sasa_plus": optax.sgd(1.0),
     "reduce_on_stationarity": optax.adam(1e-2),
+    "adapt_on_progress": optax.sgd(0.1),
+    "measure_progress": optax.sgd(0.1),
 }
 
 
@@ -85,7 +89,7 @@ def _run(
 
 def decisions(state: Any) -> dict[str, float]:
     """What must be equal but for rounding; empty for `qhm`, which decides nothing."""
-    fields = ("num_drops", "scale", "num_evaluations")
+    fields = [field for field in DECISIONS if field not in ("last_test", "progress")]
     found = {field: optax.tree.get(state, field) for field in fields}
     test = optax.tree.get(state, "last_test")
     if test is not None:
@@ -97,7 +101,9 @@ def numbers(params: Any, state: Any) -> dict[str, Any]:
     """What differs by the order of the sums, on the host."""
     window = optax.tree.get(state, "window")
     samples = {} if window is None else {"samples": window.buffer}
-    return jax.device_get(params | samples)
+    progress = optax.tree.get(state, "progress")
+    measured = {} if progress is None else {"progress": progress}
+    return jax.device_get(params | samples | measured)
 
 
 @functools.cache
@@ -130,6 +136,12 @@ def test_what_is_expected_comes_from_tests_that_ran(name: str) -> None:
 def test_what_is_expected_comes_from_rates_that_dropped() -> None:
     dropped = {name for name in _TESTING if _expected(name)[1]["num_drops"]}
     assert dropped >= {"sasa_plus", "scale_by_sasa_plus", "slope", "salsa"}
+
+
+def test_what_is_expected_comes_from_rates_that_rose_and_were_cut() -> None:
+    _, decided = _expected("adapt_on_progress")
+    assert decided["num_overshoots"] == decided["num_brakes"] == 1
+    assert decided["last_rise"] > decided["last_cut"] > 0
 
 
 def _line() -> Mesh:
@@ -172,6 +184,59 @@ def test_pmap(name: str) -> None:
     for leaf in jax.tree.leaves(actual):
         np.testing.assert_array_equal(leaf, np.stack([leaf[0]] * NUM_DEVICES))
     _assert_as_expected(jax.tree.map(lambda x: x[0], actual), name)
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+@pytest.mark.parametrize("by", ["pmap", "shard_map"])
+@_environment(
+    "data parallel by `pmap`, with `pmean` of the gradients", "adapt_on_progress"
+)
+def test_the_loss_is_averaged_over_the_examples(by: str) -> None:
+    """Each device has the loss of its own examples; all must see the mean of them."""
+    optimizer = make("adapt_on_progress")
+
+    def loss(params: Any, noise: Any) -> jax.Array:
+        return squares(jax.tree.map(lambda e, x: 0.1 * e + x, noise, params))
+
+    def step(params: Any, state: Any, noise: Any, axis: str | None) -> Any:
+        noise = jax.tree.map(lambda e: e.reshape(-1, *e.shape[-2:]), noise)
+        value, grads = jax.value_and_grad(
+            lambda params: jnp.mean(jax.vmap(loss, (None, 0))(params, noise))
+        )(params)
+        if axis is not None:
+            value, grads = jax.lax.pmean((value, grads), axis)
+        updates, state = optimizer.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.ones((16, 3)), "v": jnp.ones((8, 2))}
+    state = optimizer.init(params)
+    noise = {key: NOISE[key] for key in params}
+
+    def run(step: Callable[..., Any], params: Any, state: Any) -> Any:
+        for k in range(NUM_STEPS):
+            row = {key: e[k] for key, e in noise.items()}
+            params, state = step(params, state, row)
+        return params, state
+
+    expected = run(jax.jit(functools.partial(step, axis=None)), params, state)
+    parallel = functools.partial(step, axis="data")
+    if by == "pmap":
+        replicas = jax.tree.map(lambda x: np.stack([x] * NUM_DEVICES), (params, state))
+        actual = run(jax.pmap(parallel, axis_name="data"), *replicas)
+        actual = jax.tree.map(lambda x: x[-1], actual)
+    else:
+        mesh = Mesh(jax.devices(), ("data",))
+        specs = (P(), P(), P("data"))
+        mapped = _shard_map(parallel, mesh, specs, (P(), P()), check=False)
+        actual = run(jax.jit(mapped), params, state)
+    losses = [optax.tree.get(state, "fast") for _, state in (actual, expected)]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    chex.assert_trees_all_close(
+        numbers(*actual), numbers(*expected), rtol=1e-5, atol=1e-5
+    )
+    decided = decisions(actual[1])
+    assert decided == pytest.approx(decisions(expected[1]), rel=1e-6)
+    assert decided["num_overshoots"] > 0
 
 
 # Fully sharded.
@@ -245,35 +310,43 @@ def _shard_map(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -
     return module.shard_map(step, **arguments, check_rep=check)
 
 
-def _make_parallel(name: str, loss: Callable[[Any], jax.Array]) -> Any:
+def _make_parallel(
+    name: str, loss: Callable[[Any], jax.Array], axis_name: Any = "fsdp"
+) -> Any:
     """As `make`, inside `shard_map`, where a loss needs a sum over the devices."""
     if name in PLAIN:
         return make(name)
+    if name in SERVOS:
+        optimizer = make(name, axis_name=axis_name)
+        return _with_extra(optimizer, lambda _, params: {"value": loss(params)})
     small = {} if "ssls" in name else SMALL
     if name == "slope":
         optimizer = sasa_optax.slope(1.0, **SMALL, axis_name="fsdp")
-        return _with_extra(optimizer, lambda grads: {"value": loss(grads)})
+        return _with_extra(optimizer, lambda grads, _: {"value": loss(grads)})
     if name in ("salsa", "ssls"):
         optimizer = getattr(sasa_optax, name)(1.0, **small, axis_name="fsdp")
-        return _with_extra(optimizer, lambda _: {"value_fn": loss})
+        return _with_extra(optimizer, lambda *_: {"value_fn": loss})
     if name in ("scale_by_salsa", "scale_by_ssls"):
         optimizer = getattr(sasa_optax, name)(1.0, **small, axis_name="fsdp")
-        return _with_extra(optimizer, lambda grads: {"value_fn": loss, "grad": grads})
-    return make(name, axis_name="fsdp")
+        return _with_extra(
+            optimizer, lambda grads, _: {"value_fn": loss, "grad": grads}
+        )
+    return make(name, axis_name=axis_name)
 
 
-def _with_extra(optimizer: Any, extra: Callable[[Any], dict[str, Any]]) -> Any:
+def _with_extra(optimizer: Any, extra: Callable[[Any, Any], dict[str, Any]]) -> Any:
     def update(grads: Any, state: Any, params: Any) -> Any:
-        return optimizer.update(grads, state, params, **extra(grads))
+        return optimizer.update(grads, state, params, **extra(grads, params))
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _loss_over_devices(specs: dict[str, P]) -> Callable[[Any], jax.Array]:
+    def part(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        return jax.lax.psum(squares(x), axes) if axes else squares(x)
+
     def loss(tree: Any) -> jax.Array:
-        sharded = {key: x for key, x in tree.items() if specs[key] == P("fsdp")}
-        rest = {key: x for key, x in tree.items() if key not in sharded}
-        return jax.lax.psum(squares(sharded), "fsdp") + squares(rest)
+        return squares({}) + sum(part(x, tuple(specs[key])) for key, x in tree.items())
 
     return loss
 
@@ -326,7 +399,7 @@ def test_shard_map_over_two_axes(name: str) -> None:
     axes = ("fsdp", "tensor")
     mesh = Mesh(np.reshape(jax.devices(), (4, 2)), axes)
     specs = {"w": P("fsdp"), "v": P(*axes), "b": P("tensor")}
-    optimizer = make(name, axis_name=axes)
+    optimizer = _make_parallel(name, _loss_over_devices(specs), axes)
     _assert_sharded_by_hand(optimizer, name, mesh, specs, check=True)
 
 
@@ -339,6 +412,13 @@ def test_shard_map_without_axis_name_is_refused(name: str) -> None:
 
 
 # What is sent.
+
+
+def _given_a_loss(optimizer: Any) -> Any:
+    """So that none is computed, which would send something too."""
+    return _with_extra(
+        optax.with_extra_args_support(optimizer), lambda *_: {"value": jnp.float32(1)}
+    )
 
 
 _COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
@@ -362,10 +442,10 @@ def test_what_is_sent_by_jit(name: str) -> None:
     noise = put({key: x[0] for key, x in NOISE.items()})
 
     def sent(optimizer: Any, state: Any) -> list[str]:
-        step = jax.jit(functools.partial(_step, optimizer))
+        step = jax.jit(functools.partial(_step, _given_a_loss(optimizer)))
         return _sent(step, params, state, noise)
 
-    inner = optax.with_extra_args_support(_INNER[name])
+    inner = _INNER[name]
     assert sent(inner, inner.init(params)) == []
     kinds = sent(make(name), state)
     assert set(kinds) == {"all-reduce"}
@@ -381,13 +461,13 @@ def test_what_is_sent_by_shard_map(name: str) -> None:
 
     def sent(optimizer: Any, specs: dict[str, P], check: bool) -> list[str]:
         state = optimizer.init(params)
+        optimizer = _given_a_loss(optimizer)
         step = _sharded_step(optimizer, _line(), specs, state, check)
         return _sent(step, params, state, noise)
 
-    inner = optax.with_extra_args_support(_INNER[name])
     optimizer = make(name, axis_name="fsdp")
     for specs, check in ((_SHARDED, False), (_PARTLY, True)):
-        assert sent(inner, specs, check) == []
+        assert sent(_INNER[name], specs, check) == []
         assert sent(optimizer, specs, check) == ["all-reduce"]
 
 
@@ -429,7 +509,7 @@ def test_explicit_mesh_axes(name: str) -> None:
 
 # Several processes.
 
-TWO_PROCESSES = ("sasa_plus", "reduce_on_stationarity")
+TWO_PROCESSES = ("sasa_plus", "reduce_on_stationarity", "adapt_on_progress")
 
 
 def _free_port() -> int:

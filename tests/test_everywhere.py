@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.test_util import check_grads
-from optimizers import ALL, OPTIMIZERS, PARAMS, PLAIN, SMALL, small
+from optimizers import ALL, OPTIMIZERS, PARAMS, PLAIN, SERVOS, SMALL, decided, small
 
 import sasa_optax
 
@@ -68,6 +68,19 @@ def _assert_as_expected(
 def test_what_is_expected_comes_from_tests_that_ran(name: str) -> None:
     _, state = _expected(name)
     assert int(optax.tree.get(state, "last_test").step) > 0
+
+
+@pytest.mark.parametrize("num_steps", [8, len(_NOISE)])
+def test_what_is_expected_comes_from_rates_that_rose_and_were_cut(
+    num_steps: int,
+) -> None:
+    decisions = decided(_expected("adapt_on_progress", num_steps)[1])
+    assert int(decisions["num_overshoots"]) == 1
+    assert int(decisions["num_brakes"]) == 1
+    # And has risen again, up to what a ceiling allows.
+    assert int(decisions["last_rise"]) == (0 if num_steps == 8 else 200 + num_steps)
+    for name in SERVOS:
+        assert float(decided(_expected(name)[1])["progress"]) > 1.5
 
 
 # JAX's transformations and modes.
@@ -264,9 +277,11 @@ def test_a_tree_of_everything(name: str) -> None:
     z = parts[0]["complex"]
     joined = jnp.concatenate([*joined, z.real, z.imag])
     np.testing.assert_allclose(joined, whole[0], rtol=0.01)
-    for field in ("window", "scale", "num_nonfinite"):
+    for field in ("window", "num_nonfinite"):
         one, other = (optax.tree.get(state, field) for _, state in (whole, parts))
         chex.assert_trees_all_close(one, other, rtol=0.02)
+    one, other = (decided(state) for _, state in (whole, parts))
+    chex.assert_trees_all_close(one, other, rtol=0.02)
 
 
 @_typed("complex64")
@@ -279,13 +294,7 @@ def test_a_complex_number_is_two_real_ones(name: str) -> None:
     z, state = _run(jax.jit(optimizer.update), z, optimizer.init(z), noise)
     pair, expected = _expected(name, 8)
     np.testing.assert_allclose([z[0].real, z[0].imag], pair, rtol=1e-4)
-    if name not in PLAIN:
-        chex.assert_trees_all_close(
-            optax.tree.get(state, "last_test"),
-            optax.tree.get(expected, "last_test"),
-            rtol=1e-3,
-            atol=1e-6,
-        )
+    chex.assert_trees_all_close(decided(state), decided(expected), rtol=1e-3, atol=1e-6)
 
 
 @_typed("parameters committed to a device")
@@ -314,9 +323,11 @@ def test_chains(name: str) -> None:
         jax.jit(optimizer.update), params, optimizer.init(params), _NOISE
     )
     _assert_as_expected((params, state[1]["it"]), name)
-    if name not in PLAIN:
+    if name not in PLAIN and name != "measure_progress":
         scale = optax.tree.get(state, "scale")
-        assert float(scale) == float(optax.tree.get(_expected(name)[1], "scale"))
+        expected = float(optax.tree.get(_expected(name)[1], "scale"))
+        # Where it is not a power of the factor, rounding counts.
+        assert float(scale) == pytest.approx(expected, rel=1e-6 * (name in SERVOS))
 
 
 @_wrapped("`MultiSteps`: one step in k, on the mean gradient")
@@ -389,10 +400,8 @@ def test_frozen(name: str) -> None:
     np.testing.assert_array_equal(params["b"], 0.0)
     expected = _expected(name)
     np.testing.assert_allclose(params["a"], expected[0], rtol=1e-4)
-    if name not in PLAIN:
-        for field in ("num_drops", "last_test", "scale"):
-            one, other = (optax.tree.get(x, field) for x in (state[1], expected[1]))
-            chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
+    one, other = (decided(x) for x in (state[1], expected[1]))
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @_wrapped("`lookahead`, around it")
@@ -479,27 +488,44 @@ def _never(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
     return sasa_optax.TestResult(mean=samples.values[0], stationary=False)
 
 
-@_wrapped("each of optax's and optax.contrib's optimizers", "reduce_on_stationarity")
-@pytest.mark.parametrize("other", _OTHERS)
+def _loss_for_others(params: Any) -> jax.Array:
+    return sum(jnp.sum(jnp.sin(x) + x**2) for x in jax.tree.leaves(params))
+
+
+def _start_for_others() -> Any:
+    return {"w": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "b": jnp.ones(4)}
+
+
+def _moved(optimizer: Any, other: str, params: Any, state: Any) -> Any:
+    """The updates of an optimizer in which one of optax's stands, and its state."""
+    value, grads = jax.value_and_grad(_loss_for_others)(params)
+    extra = {"value": value, "grad": grads, "value_fn": _loss_for_others}
+    of_sophia = extra | {"obj_fn": _loss_for_others}
+    extra = {"sam": {}, "sophia": of_sophia}.get(other, extra)
+    return optimizer.update(grads, state, params, **extra)
+
+
+for_all_others = pytest.mark.parametrize("other", _OTHERS)
+_after_others = functools.partial(
+    _wrapped, "each of optax's and optax.contrib's optimizers"
+)
+
+
+@_after_others("reduce_on_stationarity")
+@for_all_others
 def test_reduce_on_stationarity_after_any_optimizer(other: str) -> None:
     """The statistic is the change of the squared norm; the scale that of the step."""
     controller = sasa_optax.reduce_on_stationarity(
         test=_never, min_samples=4, max_window=8
     )
     optimizer = optax.chain(_other(other), controller)
-    params = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "b": jnp.ones(4)}
+    params = _start_for_others()
 
-    def loss(params: Any) -> jax.Array:
-        return sum(jnp.sum(jnp.sin(x) + x**2) for x in jax.tree.leaves(params))
-
-    def moved(optimizer: Any, params: Any, state: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(params)
-        extra = {"value": value, "grad": grads, "value_fn": loss}
-        extra = {"sam": {}, "sophia": extra | {"obj_fn": loss}}.get(other, extra)
-        updates, state = optimizer.update(grads, state, params, **extra)
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = _moved(optimizer, other, params, state)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(functools.partial(moved, optimizer))
     state = optimizer.init(params)
     norms = [optax.tree.norm(params, squared=True)]
     for _ in range(5):
@@ -508,6 +534,90 @@ def test_reduce_on_stationarity_after_any_optimizer(other: str) -> None:
     samples = state[-1].window.buffer[0, :5]
     expected = -np.diff(np.asarray(norms)) / 2
     np.testing.assert_allclose(samples, expected, rtol=1e-3, atol=1e-4)
+
+
+def _progress_of(
+    iterates: list[Any], updates: list[Any], momentum: float, age: int
+) -> list[float]:
+    """After each step, in NumPy, by the formulas of `measure_progress`.
+
+    The average is x_0 at first, ``age`` steps before which nothing moved.
+    """
+    factor = (1 + momentum) / (1 - momentum)
+    centres = [np.asarray(x, np.float64) for x in jax.tree.leaves(iterates[0])]
+    walks = [0.0 for _ in centres]
+    progress = []
+    for k, (x, u) in enumerate(zip(iterates[1:], updates, strict=True), age + 1):
+        horizon = max(32, k / 8)
+        ratios = []
+        leaves = zip(*map(jax.tree.leaves, (x, u)), strict=True)
+        for i, pair in enumerate(leaves):
+            new, move = (np.asarray(z, np.float64) for z in pair)
+            centres[i] = centres[i] + (new - centres[i]) / horizon
+            walks[i] = (1 - 1 / horizon) ** 2 * (walks[i] + factor * np.sum(move**2))
+            if walks[i] > 0:
+                ratios.append(np.sum((new - centres[i]) ** 2) / walks[i])
+        progress.append(float(np.mean(ratios)) if ratios else 1.0)
+    return progress
+
+
+# Of any age, and with momentum or without.
+@_after_others(*SERVOS)
+@for_all_others
+def test_progress_after_any_optimizer(other: str) -> None:
+    """Progress is that of the iterates; the step that of the optimizer, scaled."""
+    momentum, age = (0.9, 0) if len(other) % 2 else (0.5, 1000)
+    servo = sasa_optax.adapt_on_progress(momentum)
+    inner = _other(other)
+    optimizer = optax.chain(inner, servo, sasa_optax.measure_progress(momentum))
+    params = _start_for_others()
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        wanted, _ = _moved(inner, other, params, state[0])
+        updates, state = _moved(optimizer, other, params, state)
+        return optax.apply_updates(params, updates), state, updates, wanted
+
+    first, *ours = optimizer.init(params)
+    ours = optax.tree.set(ours, num_averaged=jnp.full((), age, jnp.int32))
+    ours = optax.tree.set(ours, scale=jnp.full((), 0.5))
+    state = (first, *ours)
+    iterates, moves = [params], []
+    for _ in range(6):
+        scale = float(state[1].scale)
+        params, state, updates, wanted = step(params, state)
+        wanted = jax.tree.map(lambda u, s=scale: s * u, wanted)
+        chex.assert_trees_all_close(updates, wanted, rtol=1e-4, atol=1e-7)
+        iterates.append(params)
+        moves.append(updates)
+        *_, expected = _progress_of(iterates, moves, momentum, age)
+        # Of steps that are tiny beside the parameters much is rounded off.
+        length = max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(moves))
+        rel = 1e-3 + 1e-6 / max(length, 1e-6)
+        for progress in (state[1].measured.progress, state[2].progress):
+            assert float(progress) == pytest.approx(expected, rel=rel, abs=1e-4)
+
+
+@_wrapped("`lookahead`, around it")
+@pytest.mark.parametrize("name", ["adapt_on_progress"])
+def test_lookahead_hides_the_loss(name: str) -> None:
+    """It passes no extra arguments on, and without the loss the scale only falls."""
+    alone = getattr(sasa_optax, name)(0.0)
+    inner = optax.chain(optax.sgd(0.1), alone)
+    params = jnp.asarray(_START)
+    params = optax.LookaheadParams.init_synced(params)
+    optimizer = optax.lookahead(inner, sync_period=4, slow_step_size=1.0)
+    optimizer = optax.with_extra_args_support(optimizer)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    scales = [1.0]
+    for noise in jax.random.normal(jax.random.key(0), (128, 2)):
+        grads = _grads(noise, params.fast)
+        updates, state = update(grads, state, params, value=jnp.sum(params.fast**2))
+        params = optax.apply_updates(params, updates)
+        scales.append(float(optax.tree.get(state, "scale")))
+    assert not bool(optax.tree.get(state, "sees_loss"))
+    assert np.all(np.diff(scales) <= 0)
+    assert scales[-1] < 1
 
 
 # Faults.
@@ -530,8 +640,9 @@ def _assert_untouched(before: Any, after: Any, num_bad: int) -> None:
 
 
 for_all_controllers = pytest.mark.parametrize(
-    "name", [x for x in ALL if x not in PLAIN]
+    "name", [x for x in ALL if x not in (*PLAIN, *SERVOS)]
 )
+for_all_servos = pytest.mark.parametrize("name", SERVOS)
 
 
 @_faulty("NaN or Inf gradients, for one step or many: counted, no more")
@@ -552,7 +663,9 @@ def test_gradients_that_are_not_finite(name: str, num_bad: int, bad: float) -> N
 
 @_faulty("NaN or Inf parameters: counted, no more")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("name", [x for x in ALL if x not in (*PLAIN, "slope")])
+@pytest.mark.parametrize(
+    "name", [x for x in ALL if x not in (*PLAIN, *SERVOS, "slope")]
+)
 def test_parameters_that_are_not_finite(name: str, bad: float) -> None:
     optimizer, update = small(name)
     params = jnp.asarray(_START)
@@ -576,6 +689,168 @@ def test_gradients_of_zero(name: str) -> None:
 
 def _not_of_a_test(path: Any, _: Any) -> bool:
     return not any(getattr(key, "tuple_name", None) == "TestResult" for key in path)
+
+
+@_faulty("gradients of zero are no evidence")
+@for_all_servos
+def test_updates_of_zero(name: str) -> None:
+    """Of a run that never moved, or of one that has come to stand still."""
+    optimizer, update = small(name)
+    params = jnp.asarray(_START)
+    new = optimizer.init(params)
+    old = _run(update, params, new, _NOISE)[1]
+    for start in (new, old):
+        state, params = start, optax.tree.get(start, "averaged")
+        for _ in range(100):
+            updates, state = update(jnp.zeros(2), state, params)
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(params, optax.tree.get(start, "averaged"))
+        before, after = map(decided, (start, state))
+        assert float(after["progress"]) <= float(before["progress"])
+        assert float(after.get("scale", 0)) <= float(before.get("scale", 0))
+        _assert_finite(state)
+
+
+def _assert_finite(state: Any) -> None:
+    """Except for the ceiling, which is infinite before the first cut."""
+    if optax.tree.get(state, "ceiling") is not None:
+        assert float(optax.tree.get(state, "ceiling")) > 0
+        state = optax.tree.set(state, ceiling=jnp.zeros(()))
+    chex.assert_tree_all_finite(state)
+
+
+_BAD = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+
+
+@_faulty("NaN or Inf in gradients or parameters: progress and average as before")
+@_BAD
+@pytest.mark.parametrize("where", ["gradients", "parameters"])
+@for_all_servos
+def test_progress_of_what_is_not_finite(name: str, where: str, bad: float) -> None:
+    optimizer, update = small(name)
+    params = jnp.asarray(_START)
+    params, before = _run(update, params, optimizer.init(params), _NOISE[:12])
+    grads = _grads(_NOISE[12], params)
+    if where == "gradients":
+        grads = grads.at[0].set(bad)
+    broken = params if where == "gradients" else params.at[0].set(bad)
+    after = before
+    loss = jnp.sum(params**2)
+    for _ in range(3):
+        updates, after = update(grads, after, broken, value=loss)
+        assert updates.shape == params.shape
+        _assert_finite(after)
+        one, other = (optax.tree.get(state, "measured") for state in (before, after))
+        one, other = (before[1], after[1]) if one is None else (one, other)
+        np.testing.assert_array_equal(one.progress, other.progress)
+        np.testing.assert_array_equal(one.walks, other.walks)
+        if not np.isfinite(bad):
+            averages = one.average.averaged, other.average.averaged
+            np.testing.assert_array_equal(*(x[0] for x in averages))
+            assert not np.array_equal(*(x[1] for x in averages))
+
+
+@_faulty("NaN or Inf losses, for one step: back to the average; for many: one brake")
+@_BAD
+@pytest.mark.parametrize("num_bad", [1, 50])
+@pytest.mark.parametrize("name", ["adapt_on_progress"])
+def test_losses_that_are_not_finite(name: str, num_bad: int, bad: float) -> None:
+    """The square of 1e30 overflows in single precision, though it is finite."""
+    optimizer, update = small(name)
+    params = jnp.asarray(_START)
+    params, before = _run(update, params, optimizer.init(params), _NOISE[:6])
+    state, scale = before, float(optax.tree.get(before, "scale"))
+    for _ in range(num_bad):
+        average = sasa_optax.averaged_params(state)
+        grads = jnp.full(2, np.nan)
+        updates, state = update(grads, state, params, value=jnp.float32(bad))
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, average, rtol=1e-6)
+        _assert_finite(state)
+    assert int(optax.tree.get(state, "num_nonfinite")) == num_bad
+    assert int(optax.tree.get(state, "num_brakes")) == (num_bad > 1)
+    cut = scale / 4 if num_bad > 1 else scale
+    assert float(optax.tree.get(state, "scale")) == pytest.approx(cut, rel=0.1)
+    params, state = _run(update, params, state, np.tile(_NOISE, (20, 1)))
+    assert int(optax.tree.get(state, "num_brakes")) <= 1
+    assert float(jnp.sum(params**2)) < float(jnp.sum(average**2))
+
+
+@_faulty("`apply_if_finite` around what is before it: it trains on")
+@pytest.mark.parametrize("name", ["adapt_on_progress"])
+def test_it_trains_on_after_gradients_and_losses_that_are_nan(name: str) -> None:
+    inner = optax.apply_if_finite(optax.adamw(1e-2), max_consecutive_errors=100)
+    optimizer = optax.chain(inner, getattr(sasa_optax, name)())
+
+    @jax.jit
+    def step(params: Any, state: Any, noise: jax.Array, is_bad: jax.Array) -> Any:
+        def loss(params: jax.Array) -> jax.Array:
+            return jnp.sum((params - 3 + noise) ** 2) * jnp.where(is_bad, jnp.nan, 1)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    params = jnp.zeros(4)
+    state = optimizer.init(params)
+    noise = jax.random.normal(jax.random.key(0), (1000, 4))
+    for k, row in enumerate(noise):
+        is_bad = 150 <= k < 160
+        average = sasa_optax.averaged_params(state)
+        params, state = step(params, state, row, is_bad)
+        assert np.all(np.isfinite(params))
+        if is_bad:
+            np.testing.assert_allclose(params, average, rtol=1e-6)
+    assert np.max(np.abs(sasa_optax.averaged_params(state) - 3)) < 0.3
+    assert int(optax.tree.get(state, "num_brakes")) == 1
+    assert int(optax.tree.get(state, "num_nonfinite")) == 10
+    assert int(optax.tree.get(state, "last_rise")) > 160
+    _assert_finite(state)
+
+
+@_faulty("a loss that never changes never raises the rate")
+@pytest.mark.parametrize("name", ["adapt_on_progress"])
+@pytest.mark.parametrize("loss", [0.0, -3.0, 1e-30, 7.123, 1e15])
+def test_a_constant_loss(name: str, loss: float) -> None:
+    optimizer = optax.chain(optax.sgd(0.1), getattr(sasa_optax, name)(0.0))
+
+    def step(carry: Any, noise: jax.Array) -> Any:
+        params, state = carry
+        # A straight line, along which the rate would rise.
+        grads = jnp.ones(2) + noise
+        updates, state = optimizer.update(grads, state, params, value=jnp.float32(loss))
+        carry = optax.apply_updates(params, updates), state
+        return carry, (state[1].scale, state[1].measured.progress)
+
+    params = jnp.asarray(_START)
+    noise = np.tile(_NOISE, (21, 1))[:500]
+    (_, state), (scales, progress) = jax.lax.scan(
+        step, (params, optimizer.init(params)), noise
+    )
+    assert progress[-1] > 10
+    np.testing.assert_array_equal(scales, 1.0)
+    assert int(optax.tree.get(state, "num_brakes")) == 0
+    _assert_finite(state)
+
+
+@_faulty("counters at the end of int32 stay there")
+@for_all_servos
+def test_counters_of_servos_at_their_end(name: str) -> None:
+    optimizer, update = small(name)
+    params = jnp.asarray(_START)
+    end = jnp.int32(np.iinfo(np.int32).max)
+    state = optax.tree.set(optimizer.init(params), num_averaged=end)
+    if name == "adapt_on_progress":
+        fields = ("num_losses", "num_missed", "num_nonfinite")
+        state = optax.tree.set(state, **dict.fromkeys(fields, end))
+    for loss in (1.0, 1.0, np.nan):
+        value = jnp.float32(loss)
+        updates, state = update(jnp.ones(2), state, params, value=value)
+        assert np.all(np.isfinite(updates))
+        assert int(optax.tree.get(state, "num_averaged")) == int(end)
+        assert int(optax.tree.get(state, "num_nonfinite", end)) == int(end)
+        assert int(optax.tree.get(state, "num_losses", end)) == int(end)
+        _assert_finite(state)
 
 
 @_faulty("counters at the end of int32 stay there")

@@ -76,6 +76,60 @@ def test_linen_train_state() -> None:
     assert int(metrics["test_step"]) == 40
 
 
+def test_linen_train_state_with_the_loss() -> None:
+    """`apply_gradients` passes no loss on: the two lines that do, in its place."""
+    model = linen.Dense(1)
+    params = model.init(jax.random.key(0), _IMAGES)["params"]
+    tx = optax.chain(optax.adam(1e-3), sasa_optax.adapt_on_progress())
+    start = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    def loss(params: optax.Params) -> jax.Array:
+        return jnp.mean((model.apply({"params": params}, _IMAGES) - _TARGETS) ** 2)
+
+    def step(state: TrainState, _: None) -> Any:
+        value, grads = jax.value_and_grad(loss)(state.params)
+        updates, opt_state = state.tx.update(
+            grads, state.opt_state, state.params, value=value
+        )
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, value
+
+    def plain_step(state: TrainState, _: None) -> Any:
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    seen, losses = jax.lax.scan(step, start, None, length=200)
+    unseen, plain_losses = jax.lax.scan(plain_step, start, None, length=200)
+    assert int(seen.step) == int(unseen.step) == 200
+    assert bool(optax.tree.get(seen.opt_state, "sees_loss"))
+    assert not bool(optax.tree.get(unseen.opt_state, "sees_loss"))
+    # The rate is far too low, and only the loss lets it rise.
+    assert float(optax.tree.get(seen.opt_state, "scale")) > 3
+    assert float(optax.tree.get(unseen.opt_state, "scale")) <= 1
+    assert float(losses[-1]) < 0.6 * float(plain_losses[-1])
+
+
+def test_nnx_optimizer_with_the_loss() -> None:
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    tx = optax.chain(optax.adam(1e-3), sasa_optax.adapt_on_progress())
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: nnx.Linear, optimizer: nnx.Optimizer) -> None:
+        def loss(model: nnx.Linear) -> jax.Array:
+            return jnp.mean((model(_IMAGES) - _TARGETS) ** 2)
+
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads, value=value)
+
+    for _ in range(200):
+        step(model, optimizer)
+    state = nnx.as_pure(optimizer.opt_state)
+    assert bool(optax.tree.get(state, "sees_loss"))
+    assert float(optax.tree.get(state, "scale")) > 3
+
+
 def _names_of(page: str) -> dict[str, Any]:
     """What the code of a page of docs/ leaves behind."""
     text = (_ROOT / "docs" / page).read_text()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import squares
+from optimizers import SERVOS, squares
 
 import sasa_optax
 
@@ -178,6 +178,129 @@ def test_the_window_follows_its_rule(
         if states.num_drops[k] > num_drops:
             total, num_drops = 0, num_drops + 1
         assert states.window.total[k] == total
+
+
+servo_arguments = st.fixed_dictionaries(
+    {
+        "momentum": st.sampled_from([0.0, 0.9, 0.99]),
+        "target": st.sampled_from([1e-3, 0.4, 0.99]),
+        "min_scale": st.sampled_from([0.0, 0.3]),
+        "max_scale": st.sampled_from([1.0, 1.01, 1e6]),
+        "age": st.sampled_from([0, 100, 1000, 2**31 - 30]),
+    }
+)
+# At each step what the loss is multiplied with, and what the gradients are.
+servo_steps = st.lists(
+    st.tuples(
+        st.sampled_from([1.0] * 8 + [np.nan, np.inf, -np.inf, 0.0, -10.0, 100.0, 1e38]),
+        st.sampled_from([1.0] * 8 + [np.nan, np.inf, -np.inf, 0.0, 1e30]),
+    ),
+    min_size=_STEPS,
+    max_size=_STEPS,
+)
+
+
+@functools.cache
+def _servo_runs(name: str) -> Callable[..., Any]:
+    """From traced arguments to the states before and after each step."""
+
+    @jax.jit
+    def run(arguments: Any, params: Any, seed: Any, losses: Any, fills: Any) -> Any:
+        kept = dict(arguments)
+        age = kept.pop("age")
+        if name == "measure_progress":
+            kept = {"momentum": kept["momentum"]}
+        optimizer = getattr(sasa_optax, name)(**kept)
+
+        def step(carry: Any, x: Any) -> Any:
+            params, state = carry
+            key, loss, fill = x
+            updates = jax.tree.map(
+                lambda p: (
+                    -0.1 * fill * (jax.random.normal(key, p.shape) + p.real)
+                ).astype(p.dtype),
+                params,
+            )
+            # A step that is not finite moves nothing, as under `apply_if_finite`.
+            is_good = jnp.all(
+                jnp.stack([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)])
+            )
+            updates = jax.tree.map(lambda u: jnp.where(is_good, u, 0), updates)
+            updates, new = optimizer.update(
+                updates, state, params, value=loss * squares(params)
+            )
+            moved = optax.apply_updates(params, updates)
+            # Nor may they overflow.
+            params = jax.tree.map(lambda x: jnp.clip(x.real, -1e3, 1e3), moved)
+            params = jax.tree.map(lambda x, m: x.astype(m.dtype), params, moved)
+            return (params, new), (updates, new)
+
+        keys = jax.random.split(jax.random.key(seed), _STEPS)
+        state = optax.tree.set(optimizer.init(params), num_averaged=age)
+        return state, jax.lax.scan(step, (params, state), (keys, losses, fills))[1]
+
+    return run
+
+
+@_cases(list(SERVOS), "the scale keeps its bounds; all that moves it is accounted for")
+@hypothesis.given(
+    arguments=servo_arguments, steps=servo_steps, seed=st.integers(0, 2**16)
+)
+def test_the_scale_keeps_its_bounds(
+    x64: None, name: str, kind: str, arguments: Any, steps: Any, seed: int
+) -> None:
+    params = jax.tree.map(jnp.asarray, _TREES[kind])
+    losses, fills = np.array(steps, np.float32).T
+    arguments |= {"age": np.int32(arguments["age"])}
+    first, (updates, states) = _servo_runs(name)(arguments, params, seed, losses, fills)
+    chex.assert_trees_all_equal_dtypes(updates, jax.tree.map(lambda x: x[None], params))
+    chex.assert_trees_all_equal_dtypes(states, first)
+    chex.assert_tree_all_finite(updates)
+    progress = np.asarray(optax.tree.get(states, "progress"))
+    assert np.all(progress >= 0)
+    counts = np.asarray(optax.tree.get(states, "num_averaged"), np.int64)
+    ages = int(arguments["age"]) + 1 + np.arange(_STEPS)
+    np.testing.assert_array_equal(counts, np.minimum(ages, 2**31 - 1))
+    if name == "measure_progress":
+        chex.assert_tree_all_finite(states)
+        return
+    chex.assert_tree_all_finite(states._replace(ceiling=states.scale))
+    _assert_accounted_for(arguments, jax.tree.map(np.asarray, (first, states)), losses)
+
+
+def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> None:
+    first, states = history
+    steps = np.asarray(states.measured.average.num_averaged, np.float64)
+    scales = np.append(first.scale, states.scale)
+    lowest, highest = arguments["min_scale"], arguments["max_scale"]
+    assert scales.min() >= lowest * (1 - 1e-6)
+    assert scales.max() <= highest * (1 + 1e-6)
+    counters = (states.num_overshoots, states.num_brakes, states.num_nonfinite)
+    is_overshoot, is_brake, is_missed = (
+        np.diff(np.append(0, x)).astype(bool) for x in counters
+    )
+    is_cut = is_overshoot | is_brake
+    assert not np.any(is_overshoot & is_brake)
+    # What is not finite is missed; of what is, only what is too large to be squared.
+    assert np.all(is_missed[~np.isfinite(losses)])
+    assert not np.any(is_missed & (np.abs(losses) <= 100))
+    # At the end of int32 all steps have the same number.
+    is_counted = steps < 2**31 - 1
+    np.testing.assert_array_equal(
+        (states.last_cut == steps) & is_counted, is_cut & is_counted
+    )
+    ratios = scales[1:] / scales[:-1]
+    cut = np.maximum(scales[:-1] / 4, lowest)
+    np.testing.assert_allclose(scales[1:][is_cut], cut[is_cut], rtol=1e-5)
+    rises = ratios > 1 + 1e-6
+    assert np.all(ratios <= np.exp(1 / np.maximum(32, steps / 8)) * (1 + 1e-6))
+    assert np.all(states.last_rise[rises] == steps[rises])
+    assert not np.any(rises & (is_cut | is_missed))
+    assert np.all(scales[1:] <= np.maximum(states.ceiling, lowest) * (1 + 1e-6))
+    # Nothing else lowers it so early, since a brake begins anew.
+    num_seen = states.losses.num_losses
+    fell = (ratios < 1 - 1e-6) & ~is_cut
+    assert np.all(num_seen[fell] >= 64)
 
 
 @_cases(["salsa", "ssls"], "the line search stays finite and within its bounds")

@@ -99,7 +99,7 @@ def test_metrics_of_several_controllers_are_told_apart() -> None:
     assert all(
         rate == pytest.approx(1.0 if "fast" in k else 0.1) for k, rate in rates.items()
     )
-    with pytest.raises(ValueError, match="one controller"):
+    with pytest.raises(ValueError, match="one optimizer"):
         sasa_optax.History().record(metrics)
 
 
