@@ -841,12 +841,12 @@ def coverage_table(rows: list[Row]) -> list[str]:
     return ["**The interval holds zero, %**", "", *lines, ""]
 
 
-def made_line(rows: list[Row]) -> str:
+def made_line(rows: list[Row], results: str = RESULTS.name) -> str:
     made = max((row["made"] for row in rows), key=lambda made: made["date"])
     machine = f"{made['cores']}-core {made['architecture'].replace('_', '-')} CPU"
     return (
         f"Made by `make validity` on a {machine}, JAX {made['jax']}, {made['date']}; "
-        "every number is in `benchmarks/results/validity.json`."
+        f"every number is in `benchmarks/results/{results}`."
     )
 
 
@@ -865,8 +865,8 @@ def page_content(rows: list[Row]) -> str:
     return "\n".join([*lines, *coverage_table(rows), made_line(rows)])
 
 
-def replace_table(page: str, content: str) -> str:
-    start, end = MARKERS
+def replace_table(page: str, content: str, markers: tuple[str, str]) -> str:
+    start, end = markers
     before, _, rest = page.partition(start)
     _, _, after = rest.partition(end)
     return f"{before}{start}\n\n{content}\n\n{end}{after}"
@@ -937,11 +937,17 @@ def draw_picture(rows: list[Row], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def publish(rows: list[Row], page: pathlib.Path) -> None:
+def write_table(
+    page: pathlib.Path, content: str, markers: tuple[str, str] = MARKERS
+) -> None:
     old = page.read_text(encoding="utf-8")
-    if any(old.count(marker) != 1 for marker in MARKERS):
-        raise SystemExit(f"{page} lacks the markers {' and '.join(MARKERS)}.")
-    page.write_text(replace_table(old, page_content(rows)), encoding="utf-8")
+    if any(old.count(marker) != 1 for marker in markers):
+        raise SystemExit(f"{page} lacks the markers {' and '.join(markers)}.")
+    page.write_text(replace_table(old, content, markers), encoding="utf-8")
+
+
+def publish(rows: list[Row], page: pathlib.Path) -> None:
+    write_table(page, page_content(rows))
     draw_picture(rows, page.parent / "images" / "validity.png")
 
 

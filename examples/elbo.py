@@ -32,7 +32,7 @@ NUM_ROWS, NUM_FEATURES, NOISE = 500, 20, 0.1
 ADAM_RATE = 3e-2
 STEPS_PER_RECORD = 100
 
-Event = sasa_optax.Drop | sasa_optax.Switch
+Event = sasa_optax.Cut | sasa_optax.Drop | sasa_optax.Switch
 Params = dict[str, jax.Array]
 
 

@@ -1,5 +1,6 @@
 """A rate that follows progress: up while the run goes somewhere, down as it settles."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -90,8 +91,11 @@ def _cut(
     horizon: jax.Array,
 ) -> tuple[AdaptOnProgressState, jax.Array]:
     """Divides the scale where the losses say that it is too high."""
-    since_rise = (steps - state.last_rise).astype(horizon.dtype)
-    has_risen = (state.last_rise > 0) & (since_rise <= horizon)
+
+    def is_recent(step: jax.Array) -> jax.Array:
+        return (step > 0) & ((steps - step).astype(horizon.dtype) <= horizon)
+
+    has_risen = is_recent(state.last_rise) & ~is_recent(state.last_cut)
     is_overshoot = verdict.is_above & has_risen & ~verdict.is_lost
     is_cut = is_overshoot | verdict.is_lost
     scale = jnp.where(is_cut, state.scale / _CUT, state.scale)
@@ -122,9 +126,8 @@ def _change(
     newest_rise = jnp.maximum(state.last_rise, _SETTLING).astype(dtype)
     nearness = jnp.minimum(1, newest_rise / count) ** 2
     down = jnp.clip(_DOWN * error, -_MOST_DOWN, 0) * (1 + _CORRECTION * nearness)
-    # Progress of what has only begun is low, and then too high.
-    begun = jnp.where(state.sees_loss, state.losses.num_losses, steps)
-    return jnp.where(verdict.may_rise, up, 0) + jnp.where(begun < _MIN_STEPS, 0, down)
+    has_begun = state.measured.num_walked >= _MIN_STEPS
+    return jnp.where(verdict.may_rise, up, 0) + jnp.where(has_begun, down, 0)
 
 
 def _changed(
@@ -132,12 +135,14 @@ def _changed(
     change: jax.Array,
     steps: jax.Array,
     horizon: jax.Array,
+    clip: Callable[[jax.Array], jax.Array],
 ) -> AdaptOnProgressState:
-    scale = state.scale * jnp.exp(change / horizon)
+    wanted = state.scale * jnp.exp(change / horizon)
+    scale = clip(jnp.minimum(wanted, state.ceiling))
     return state._replace(
-        scale=jnp.minimum(scale, state.ceiling),
+        scale=scale,
         ceiling=state.ceiling * jnp.exp(_CEILING_RISE / horizon),
-        last_rise=jnp.where(change > 0, steps, state.last_rise),
+        last_rise=jnp.where(scale > state.scale, steps, state.last_rise),
     )
 
 
@@ -281,7 +286,6 @@ def adapt_on_progress(
         )
         state = state._replace(scale=scale, measured=measured)
         change = jnp.where(is_cut, 0, _change(state, verdict, steps))
-        state = _changed(state, change, steps, horizon)
-        return updates, state._replace(scale=_clipped(state.scale))
+        return updates, _changed(state, change, steps, horizon, _clipped)
 
     return _types.transformation(init, update)

@@ -31,7 +31,8 @@ class LossState(NamedTuple):
       slow: their average over about a horizon.
       variance: of a single loss around the fast average.
       first: the fast average after the first 16 losses.
-      best: the least that the fast average has been since, plus its standard deviation.
+      best: the least that the fast average has been since, plus three of its standard
+        deviations.
     """
 
     num_losses: jax.Array
@@ -79,24 +80,27 @@ def watch(
     is_missing = ~jnp.isfinite((value - state.fast) ** 2)
     value = jnp.where(is_missing, state.fast, value)
     seen = _averaged(state, value, horizon)
-    error = _error_of_fast(seen, horizon)
+    error, error_of_first = _errors(seen, horizon)
     is_judged = seen.num_losses > _MIN_FAST
     is_fresh = seen.num_losses == _MIN_FAST
-    bound = seen.fast + error
+    # The least of many averages lies below their mean: hence the deviations.
+    bound = seen.fast + _NUM_DEVIATIONS * error
     first = jnp.where(is_fresh, seen.fast, state.first)
     best = jnp.where(is_judged, jnp.minimum(state.best, bound), bound)
     gained = first - best
-    is_real = gained > _REAL * error
+    is_real = gained > _REAL * jnp.maximum(error, error_of_first)
     # How far the loss is surely above its best, and how far above where it began.
     above_best = seen.fast - _NUM_DEVIATIONS * error - best
     above_first = seen.fast - _NUM_DEVIATIONS * jnp.sqrt(seen.variance) - first
     is_falling = seen.slow - seen.fast >= _FALLING * gained
-    is_varying = seen.variance > 0
+    is_above = is_judged & is_real & (above_best > _OVERSHOOT * gained)
+    is_open = is_falling | ~is_real | ~is_judged
     lost = jnp.where(is_real, above_best > _BRAKE * gained, above_first > 0)
     num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)
     verdict = Verdict(
-        may_rise=~is_missing & is_varying & (is_falling | ~is_real | ~is_judged),
-        is_above=~is_missing & is_judged & is_real & (above_best > _OVERSHOOT * gained),
+        # A loss that never varies says nothing.
+        may_rise=~is_missing & ~is_above & is_open & (seen.variance > 0),
+        is_above=~is_missing & is_above,
         # Twice in a row, as a single one may be the fault of a mini-batch; and not
         # again, as a cut has been made.
         is_lost=(~is_missing & is_judged & lost) | (num_missed == 2),
@@ -131,7 +135,8 @@ def _weight(num_losses: jax.Array, horizon: jax.Array) -> jax.Array:
     return 1 / jnp.minimum(num_losses.astype(horizon.dtype), horizon)
 
 
-def _error_of_fast(state: LossState, horizon: jax.Array) -> jax.Array:
-    """The standard deviation of the fast average."""
+def _errors(state: LossState, horizon: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The standard deviations of the fast average, and of the first one."""
     weight = _weight(state.num_losses, _fast_horizon(horizon))
-    return jnp.sqrt(state.variance * weight / (2 - weight))
+    of_fast = jnp.sqrt(state.variance * weight / (2 - weight))
+    return of_fast, jnp.sqrt(state.variance / _MIN_FAST)

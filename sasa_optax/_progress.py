@@ -21,11 +21,13 @@ class ProgressState(NamedTuple):
       walks: B of each leaf that is averaged, the squared distance from the average
         that a random walk of the same updates would have; shape (leaves,), of the
         dtype of ``progress``.
+      num_walked: steps since the walks began, shape (), int32.
       average: the `AverageState` that `averaged_params` returns.
     """
 
     progress: jax.Array
     walks: jax.Array
+    num_walked: jax.Array
     average: _average.AverageState
 
 
@@ -34,6 +36,7 @@ def start(params: optax.Params, dtype: jnp.dtype | None) -> ProgressState:
     return ProgressState(
         progress=jnp.ones((), number),
         walks=jnp.zeros((num_leaves,), number),
+        num_walked=jnp.zeros((), jnp.int32),
         average=_average.start(params, dtype),
     )
 
@@ -87,10 +90,15 @@ def step(
     distances, lengths = jax.lax.stop_gradient(sums(updates, params, centre))
     updates, new_params = moved(updates, params, centre)
     progress, walks = _measured(state, distances, lengths, of_new, momentum, always)
+    num_walked = jnp.asarray(optax.safe_increment(state.num_walked))
     if returns is not None:
-        walks = jnp.where(returns, 0, walks)
+        progress = jnp.where(returns, state.progress, progress)
+        walks, num_walked = (
+            jnp.where(returns, 0, walks),
+            jnp.where(returns, 0, num_walked),
+        )
     average = _average.push(state.average, new_params, of_new)
-    return updates, ProgressState(progress, walks, average)
+    return updates, ProgressState(progress, walks, num_walked, average)
 
 
 def _inexact(tree: Any) -> list[jax.Array]:
@@ -170,9 +178,10 @@ def measure_progress(
       R = \|x_{k+1} - c\|^2 / B,
 
     the squared distance from the average beside that of a random walk. It has no unit.
-    It is 1 where updates are noise around nothing; 2h/D on a straight line; and the
-    relaxation time over the horizon around an optimum. At the start it is low, since
-    momentum has not turned yet: read it from some 64 steps on.
+    It is 1 where updates are noise around nothing, and the relaxation time over the
+    horizon around an optimum. On a straight line it grows with the horizon, from k/D
+    in the first steps to 1.7 h/D. As it begins at nearly nothing, read it from some 64
+    steps on. See docs/progress.md.
 
     Args:
       momentum: beta, in [0, 1), of the direction: ``b1`` of Adam, 0 for RMSprop and
