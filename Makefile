@@ -51,8 +51,9 @@ bench: $(VENV)/.dev .venv-statopt/.statopt  ## The tables and picture of docs/pe
 evidence: $(VENV)/.dev  ## The page docs/evidence.md; what was run is not run again.
 	$(BIN)/python benchmarks/evidence.py --sensitivity --publish
 
-validity: $(VENV)/.dev  ## The table and picture of docs/validity.md.
+validity: $(VENV)/.dev  ## The tables and picture of docs/validity.md.
 	$(BIN)/python benchmarks/validity.py --publish
+	$(BIN)/python benchmarks/validity_progress.py --publish
 
 docs: $(VENV)/.docs  ## The documentation, into site/.
 	$(BIN)/sphinx-build -q -W docs site

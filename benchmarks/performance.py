@@ -65,6 +65,14 @@ def averaged(optimizer: optax.GradientTransformation) -> optax.GradientTransform
     return optax.chain(optimizer, sasa_optax.average_iterates())
 
 
+def adapted(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optimizer, sasa_optax.adapt_on_progress())
+
+
+def measured(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optimizer, sasa_optax.measure_progress())
+
+
 def switched(state: Any) -> Any:
     """The state of SALSA, its search ended."""
     search = state.controller.line_search
@@ -109,6 +117,8 @@ SEARCHING = Case(
     "sgd",
     lambda: sasa_optax.salsa(search_interval=SEARCH_INTERVAL),
 )
+ADAPTED = Case("adapt_on_progress", "adamw", lambda: adapted(optax.adamw(1e-3)))
+MEASURED = Case("measure_progress", "adamw", lambda: measured(optax.adamw(1e-3)))
 REDUCED = Case("reduce_on_stationarity", "adamw", lambda: reduced(optax.adamw(1e-3)))
 
 CASES = [
@@ -121,6 +131,8 @@ CASES = [
     Case("slope", "sgd", lambda: sasa_optax.slope(1.0)),
     Case("dog", "sgd", lambda: optax.contrib.dog()),
     Case("schedule_free_sgd", "sgd", lambda: optax.contrib.schedule_free_sgd(0.1)),
+    ADAPTED,
+    MEASURED,
     REDUCED,
     AVERAGED_ADAMW,
     Case("reduce_on_plateau", "adamw", lambda: plateau(optax.adamw(1e-3))),
@@ -438,12 +450,15 @@ def training_steps(
     def step(carry: Any, inputs: Any, targets: Any) -> Any:
         params, rest, state = carry
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (_, new_rest), grads = value_and_grad(params, rest, inputs, targets, True)
+        (value, new_rest), grads = value_and_grad(params, rest, inputs, targets, True)
+        # With dropout it is not the loss that a line search evaluates.
+        searches = optax.tree.get(state, "line_search_active") is not None
         updates, state = transformation.update(
             grads,
             state,
             params,
             grad=grads,
+            value=None if searches else value,
             value_fn=lambda params: loss(params, rest, inputs, targets, False)[0],
         )
         return optax.apply_updates(params, updates), new_rest, state
@@ -451,7 +466,15 @@ def training_steps(
     return Steps(step, (params, rest, prepare(transformation.init(params))), *batch)
 
 
-MODEL_CASES = [SASA_PLUS, SASA, SEARCHING, SWITCHED, REDUCED, AVERAGED_SGD]
+MODEL_CASES = [
+    ADAPTED,
+    SASA_PLUS,
+    SASA,
+    SEARCHING,
+    SWITCHED,
+    REDUCED,
+    AVERAGED_SGD,
+]
 
 
 def megabytes_more(base: Steps, steps: Steps) -> float:

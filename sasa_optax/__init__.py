@@ -1,4 +1,4 @@
-"""Learning rates that drop when a statistical test finds progress has stopped."""
+"""Learning rates set by statistics of the run itself, for any optax optimizer."""
 
 from sasa_optax._adapt import AdaptOnProgressState, adapt_on_progress
 from sasa_optax._average import AverageState, average_iterates, averaged_params

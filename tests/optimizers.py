@@ -134,18 +134,21 @@ def _averaged(learning_rate: float, **arguments: Any) -> Optimizer:
 def _in_midrun(state: Any, params: Any) -> Any:
     """A state whose next 24 steps have all that may happen: it is 200 steps old.
 
-    As its losses were far below what they are now, the rate rises, which is found to be
-    an overshoot, and then that the model is lost.
+    The rate has just risen. As its losses were far below what they are now, this is
+    found to be an overshoot, and then that the model is lost. Then the rate rises
+    again, up to what the ceiling allows.
     """
-    loss = squares(params)
-    losses = {"fast": 0.2, "slow": 0.27, "variance": 0.1 * loss, "first": 0.5}
-    losses = {name: x * loss for name, x in losses.items()}
-    state = optax.tree.set(state, num_averaged=jnp.full((), 200, jnp.int32))
+    age = jnp.full((), 200, jnp.int32)
+    state = optax.tree.set(state, num_averaged=age, num_walked=age)
     if optax.tree.get(state, "num_losses") is None:
         return state
-    kept = optax.tree.get(state, "losses")
+    loss, kept = squares(params), optax.tree.get(state, "losses")
+    losses = {"fast": 0.25, "slow": 0.32, "first": 0.6, "best": 0.0}
+    losses = {name: x * loss for name, x in losses.items()}
+    losses["variance"] = (0.2 * loss) ** 2
     losses = {name: x.astype(kept.fast.dtype) for name, x in losses.items()}
     losses = kept._replace(num_losses=jnp.full((), 100, jnp.int32), **losses)
+    state = optax.tree.set(state, last_rise=age)
     return optax.tree.set(state, losses=losses)
 
 

@@ -20,6 +20,7 @@ import pytest
 from optimizers import SERVOS, squares
 
 import sasa_optax
+from sasa_optax import _adapt
 
 _STEPS = 60
 _CAPACITY = 12
@@ -236,7 +237,8 @@ def _servo_runs(name: str) -> Callable[..., Any]:
             return (params, new), (updates, new)
 
         keys = jax.random.split(jax.random.key(seed), _STEPS)
-        state = optax.tree.set(optimizer.init(params), num_averaged=age)
+        state = optimizer.init(params)
+        state = optax.tree.set(state, num_averaged=age, num_walked=age)
         return state, jax.lax.scan(step, (params, state), (keys, losses, fills))[1]
 
     return run
@@ -263,6 +265,7 @@ def test_the_scale_keeps_its_bounds(
     np.testing.assert_array_equal(counts, np.minimum(ages, 2**31 - 1))
     if name == "measure_progress":
         chex.assert_tree_all_finite(states)
+        np.testing.assert_array_equal(states.num_walked, states.average.num_averaged)
         return
     chex.assert_tree_all_finite(states._replace(ceiling=states.scale))
     _assert_accounted_for(arguments, jax.tree.map(np.asarray, (first, states)), losses)
@@ -290,17 +293,28 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
         (states.last_cut == steps) & is_counted, is_cut & is_counted
     )
     ratios = scales[1:] / scales[:-1]
-    cut = np.maximum(scales[:-1] / 4, lowest)
+    cut = np.maximum(scales[:-1] / _adapt._CUT, lowest)
     np.testing.assert_allclose(scales[1:][is_cut], cut[is_cut], rtol=1e-5)
-    rises = ratios > 1 + 1e-6
-    assert np.all(ratios <= np.exp(1 / np.maximum(32, steps / 8)) * (1 + 1e-6))
-    assert np.all(states.last_rise[rises] == steps[rises])
+    fastest = np.exp(_adapt._MOST_UP / np.maximum(32, steps / 8))
+    assert np.all(ratios <= fastest * (1 + 1e-6))
+    rises = ratios > 1
     assert not np.any(rises & (is_cut | is_missed))
     assert np.all(scales[1:] <= np.maximum(states.ceiling, lowest) * (1 + 1e-6))
-    # Nothing else lowers it so early, since a brake begins anew.
-    num_seen = states.losses.num_losses
-    fell = (ratios < 1 - 1e-6) & ~is_cut
-    assert np.all(num_seen[fell] >= 64)
+    # Each rise is recorded, and nothing else; a cut forgets it. A walk begins anew where
+    # the parameters return. Nothing but a cut lowers the rate before it is long enough.
+    last_rise, num_walked = 0, int(first.measured.num_walked)
+    for k, step in enumerate(steps):
+        last_rise = step if rises[k] else 0 if is_cut[k] else last_rise
+        assert states.last_rise[k] == last_rise
+        returns = is_brake[k] or is_missed[k]
+        num_walked = 0 if returns else min(num_walked + 1, 2**31 - 1)
+        assert states.measured.num_walked[k] == num_walked
+    fell = (ratios < 1) & ~is_cut
+    assert np.all(states.measured.num_walked[fell] >= _adapt._MIN_STEPS)
+    # Progress is kept where they return.
+    progress = np.append(first.measured.progress, states.measured.progress)
+    returns = is_brake | is_missed
+    np.testing.assert_array_equal(progress[1:][returns], progress[:-1][returns])
 
 
 @_cases(["salsa", "ssls"], "the line search stays finite and within its bounds")

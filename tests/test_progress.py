@@ -493,6 +493,8 @@ def test_it_holds_to_its_bounds(x64: None) -> None:
     arguments = {"noise_of_loss": 1e-3, "max_scale": 3.0, "steps": 500}
     seen, _ = _run(_line, optax.sgd(1e-3), 1.0, **arguments)
     assert seen["scale"][-1] == np.max(seen["scale"]) == 3.0
+    # At the bound it rises no more.
+    assert seen["last_rise"][-1] == 1 + np.argmax(seen["scale"] == 3.0) < 300
     seen, _ = _run(_quadratic, optax.sgd(0.5), 0.0, steps=2000, min_scale=0.7)
     assert seen["scale"][-1] == np.min(seen["scale"]) == 0.7
     # A start outside of them is moved to them.
@@ -543,6 +545,8 @@ def test_a_brake_goes_back_to_the_average_and_begins_the_walk_anew(kind: str) ->
     np.testing.assert_array_equal(params, average)
     np.testing.assert_array_equal(sasa_optax.averaged_params(state), average)
     np.testing.assert_array_equal(state.measured.walks, 0.0)
+    assert int(state.measured.num_walked) == 0
+    assert float(state.measured.progress) == float(before[1].measured.progress)
     expected = before[1].scale / _adapt._CUT
     assert float(state.scale) == pytest.approx(float(expected), rel=0.01)
     if kind == "losses":
@@ -555,6 +559,22 @@ def test_a_brake_goes_back_to_the_average_and_begins_the_walk_anew(kind: str) ->
     actual = [float(state.measured.progress) for _, state in after]
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
     assert actual[0] == pytest.approx(1, rel=1e-4)
+    assert int(after[-1][1].measured.num_walked) == 30
+
+
+def test_it_does_not_fall_before_the_walk_is_long() -> None:
+    """At the start, and after a return, here since a loss is not finite."""
+    # Told of a momentum that these updates do not have: progress is far below 1.
+    optimizer = sasa_optax.adapt_on_progress(0.9)
+    params, bad = jnp.full(20, 100.0), _adapt._MIN_STEPS + 50
+    losses = np.ones(2 * bad)
+    losses[bad - 1] = np.nan
+    seen = _stepped(optimizer, params, optimizer.init(params), losses, 0)
+    scales = np.array([1.0] + [float(state.scale) for _, state in seen])
+    falls = 1 + np.flatnonzero(np.diff(scales) < 0)
+    first, again = np.arange(_adapt._MIN_STEPS, bad), bad + _adapt._MIN_STEPS
+    expected = np.append(first, np.arange(again, len(losses) + 1))
+    np.testing.assert_array_equal(falls, expected)
 
 
 # The page.

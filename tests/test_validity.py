@@ -317,3 +317,86 @@ def test_a_candidate_is_found_by_module_and_function(
     assert method.factor == 0.5
     params = jnp.ones(3)
     assert method.make(0.1, momentum=0.9).init(params).controller.num_drops == 0
+
+
+@pytest.fixture(scope="module")
+def progress() -> ModuleType:
+    return importlib.import_module("validity_progress")
+
+
+def exact_excess_of_average(
+    rates: np.ndarray, eigenvalue: float, start: float
+) -> float:
+    """Of SGD in one dimension with noise of variance 1, at these rates in turn.
+
+    The iterate and the average are linear in the start and in the noise of each step,
+    so their coefficients are followed.
+    """
+    iterate = np.zeros(1 + len(rates))
+    iterate[0] = start
+    average = iterate.copy()
+    for k, rate in enumerate(rates, 1):
+        iterate *= 1 - rate * eigenvalue
+        iterate[k] -= rate
+        average += (iterate - average) / max(32, k / 8)
+    return eigenvalue * float(np.sum(average**2)) / 2
+
+
+def test_schedules_have_the_excess_that_is_known(
+    validity: ModuleType, progress: ModuleType
+) -> None:
+    """At a third and at the end, at a constant rate and as it falls."""
+    cell = validity.Quadratic(
+        "line", dimension=1, condition=1.0, relaxation=20.0, momentum=0.0, distance=3.0
+    )
+    schedules, steps, runs = [(0.05, 0.0), (0.2, 0.75)], 600, 2000
+    result = progress.race(cell, steps, runs, schedules)
+    assert result.schedules.shape == (2, 2, runs)
+    for excess, length in zip(result.schedules, [200, 600], strict=True):
+        for seen, (rate, gamma) in zip(excess, schedules, strict=True):
+            rates = rate * (1 + np.arange(length) / progress.HOLD) ** -gamma
+            expected = exact_excess_of_average(rates, 1.0, cell.start[0])
+            assert abs(np.mean(seen) - expected) < 4 * np.std(seen) / runs**0.5
+    assert result.servos.shape == (2, len(progress.STARTS), runs)
+    assert np.all(np.isfinite(result.servos))
+
+
+def test_the_servo_is_beside_the_best(
+    validity: ModuleType,
+    progress: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validity, "SHORTEST", 0)
+    monkeypatch.setattr(progress, "CELLS", (dataclasses.replace(validity.QUICK),))
+    page = tmp_path / "validity.md"
+    start, end = progress.MARKERS
+    page.write_text(f"before\n{start}\nold\n{end}\nafter\n", encoding="utf-8")
+    out = tmp_path / "rows.json"
+    argv = ["--runs", "4", "--out", str(out), "--page", str(page), "--publish"]
+    progress.main(argv)
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert row["steps"] == 9000
+    for servo in row["servos"]:
+        for moment in progress.MOMENTS:
+            for kind, (ratio, error) in servo["ratio"][moment].items():
+                best = row["best"][moment][kind]["excess"]
+                assert ratio == pytest.approx(servo["excess"][moment] / best)
+                assert 0 < ratio < 20
+                assert np.isfinite(error)
+        assert 0 < servo["rate"][0] <= servo["rate"][1] <= servo["highest"] < 30
+        assert len(servo["overshoots"]) == len(servo["brakes"]) == 4
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert "| quick | 9,000 |" in text
+    assert text.startswith(f"before\n{start}\n")
+    assert text.endswith(f"{end}\nafter\n")
+
+
+def test_a_ratio_of_means_has_the_error_of_its_pairs(progress: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    common, own = random.exponential(size=(2, 2000, 50))
+    servo, other = 2 * common + own, common + 1
+    ratios, errors = zip(*map(progress.compared, servo, other), strict=True)
+    assert np.mean(ratios) == pytest.approx(1.5, abs=0.01)
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
