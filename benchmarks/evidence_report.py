@@ -148,7 +148,11 @@ def ranks(found: dict[str, Outcome]) -> dict[str, float]:
 def gaps_table(rows: Rows, tasks: list[Task]) -> str:
     """Every method's distance from the best tuned baseline, and its mean rank."""
     found = {task.name: outcomes(rows, task, task.budgets[-1]) for task in tasks}
-    ranked = {name: ranks(each) for name, each in found.items()}
+    # A rank among a few is not one among all.
+    most = max(map(len, found.values()))
+    ranked = {
+        name: ranks(each) if len(each) == most else {} for name, each in found.items()
+    }
 
     def line(name: str) -> list[str]:
         cells, mine, close = [], [], []

@@ -247,7 +247,7 @@ def tune(runs: Runs, seed: int, num_steps: int, budget: int) -> float:
     """The rate that is best on validation data after ``budget`` of the steps."""
     scores: dict[float, float] = {}
     # The inner ones first: most grids need not go on to their ends.
-    pending = list(runs.method.rates[1:-1])
+    pending = list(runs.method.rates[1:-1] or runs.method.rates)
     while pending:
         for rate in pending:
             row = runs(rate, seed, num_steps)

@@ -37,7 +37,7 @@ GAMMAS = 0.0, 0.5, 0.75, 1.0
 STARTS = 1.0, 0.01
 # With more steps, or with more runs in a thousand dimensions, a cell would take above
 # 20 seconds.
-MOST_STEPS, MOST_STEPS_LARGE = 300_000, 100_000
+MOST_STEPS, MOST_STEPS_LARGE = 300_000, 60_000
 MOST_RUNS_LARGE = 4
 MOMENTS = "third", "end"
 # Not those that differ from another in the window of a test: the servo has none.

@@ -184,7 +184,7 @@ def adapt_on_progress(
 
     Args:
       momentum: beta, in [0, 1), of the optimizer before it: ``b1`` of Adam, 0 for
-        RMSprop and Adafactor. Default 0.9.
+        RMSprop and Adafactor, 0.97 for Lion. Default 0.9.
       target: R*, in (0, 1). The higher, the lower the rate. Default 0.4.
       min_scale: the scale never falls below this, in [0, inf). Default 0.0.
       max_scale: the scale never rises above this, at least ``min_scale``. Default None:
@@ -201,6 +201,10 @@ def adapt_on_progress(
       ``value``, the loss of the mini-batch, and ignores all others. Where each device
       has a loss and gradients of its own (`jax.pmap`, `jax.shard_map`), average both
       before: ``jax.lax.pmean((loss, grads), axis)``. Updates keep their dtypes.
+
+      Gradients that are not finite spoil the state of most optimizers for good. Where
+      they occur, keep them from it: ``optax.chain(optax.apply_if_finite(inner, 100),
+      adapt_on_progress())`` trains on. The average never takes them in.
 
     Raises:
       ValueError: at construction, if an argument is out of range; at ``update``, if
@@ -225,6 +229,13 @@ def adapt_on_progress(
       True
       >>> bool(sasa_optax.metrics(state)["num_brakes"] == 0)
       True
+
+    References:
+      Polyak and Juditsky, `Acceleration of stochastic approximation by averaging
+      <https://doi.org/10.1137/0330046>`_, 1992, for rates that fall as a power of k,
+      averaged. Hansen and Ostermeier, `Completely derandomized self-adaptation in
+      evolution strategies <https://doi.org/10.1162/106365601750190398>`_, 2001, who
+      adapt a step size by the length of a path beside that of a random walk.
     """
     _checks.number("momentum", momentum, "[0, 1)")
     _checks.number("target", target, "(0, 1)")

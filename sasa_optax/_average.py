@@ -185,9 +185,9 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
     """The averaged model, to evaluate, to keep and to deploy.
 
     Args:
-      opt_state: the state of an optimizer with `average_iterates` or ``average=True``
-        in it, at any depth: a chain, `optax.masked`, `optax.partition`,
-        `optax.MultiSteps`, a Flax train state.
+      opt_state: the state of an optimizer with `adapt_on_progress`, `measure_progress`,
+        `average_iterates` or ``average=True`` in it, at any depth: a chain,
+        `optax.masked`, `optax.partition`, `optax.MultiSteps`, a Flax train state.
       params: the current parameters, which give the result its structure and its
         dtypes, and take the place of those that are not averaged. Default None: the
         average as it is kept, which for parameters of float32 or float64 is the same.
@@ -215,8 +215,9 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
     averages = _averages(opt_state)
     if not averages:
         raise ValueError(
-            "opt_state must hold an average: chain `sasa_optax.average_iterates()` "
-            f"last, or pass average=True. Got {type(opt_state)}."
+            "opt_state must hold an average: chain `sasa_optax.adapt_on_progress()` or "
+            "`sasa_optax.average_iterates()` last, or pass average=True. Got "
+            f"{type(opt_state)}."
         )
     nodes = jax.tree.leaves(averages, is_leaf=_is_masked)
     if params is None:

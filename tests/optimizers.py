@@ -138,17 +138,20 @@ def _in_midrun(state: Any, params: Any) -> Any:
     found to be an overshoot, and then that the model is lost. Then the rate rises
     again, up to what the ceiling allows.
     """
-    age = jnp.full((), 200, jnp.int32)
-    state = optax.tree.set(state, num_averaged=age, num_walked=age)
+
+    def age() -> jax.Array:  # no two leaves may share a buffer
+        return jnp.full((), 200, jnp.int32)
+
+    state = optax.tree.set(state, num_averaged=age(), num_walked=age())
     if optax.tree.get(state, "num_losses") is None:
         return state
     loss, kept = squares(params), optax.tree.get(state, "losses")
-    losses = {"fast": 0.25, "slow": 0.32, "first": 0.6, "best": 0.0}
+    losses = {"fast": 0.25, "slow": 0.32, "first": 0.64, "best": 0.0}
     losses = {name: x * loss for name, x in losses.items()}
     losses["variance"] = (0.2 * loss) ** 2
     losses = {name: x.astype(kept.fast.dtype) for name, x in losses.items()}
     losses = kept._replace(num_losses=jnp.full((), 100, jnp.int32), **losses)
-    state = optax.tree.set(state, last_rise=age)
+    state = optax.tree.set(state, last_rise=age())
     return optax.tree.set(state, losses=losses)
 
 

@@ -102,11 +102,14 @@ def test_linen_train_state_with_the_loss() -> None:
     seen, losses = jax.lax.scan(step, start, None, length=200)
     unseen, plain_losses = jax.lax.scan(plain_step, start, None, length=200)
     assert int(seen.step) == int(unseen.step) == 200
-    assert bool(optax.tree.get(seen.opt_state, "sees_loss"))
-    assert not bool(optax.tree.get(unseen.opt_state, "sees_loss"))
+    with_loss = sasa_optax.metrics(seen.opt_state)
+    without_loss = sasa_optax.metrics(unseen.opt_state)
+    assert int(with_loss["step"]) == int(without_loss["step"]) == 200
+    assert bool(with_loss["sees_loss"])
+    assert not bool(without_loss["sees_loss"])
     # The rate is far too low, and only the loss lets it rise.
-    assert float(optax.tree.get(seen.opt_state, "scale")) > 3
-    assert float(optax.tree.get(unseen.opt_state, "scale")) <= 1
+    assert float(with_loss["scale"]) > 3
+    assert float(without_loss["scale"]) <= 1
     assert float(losses[-1]) < 0.6 * float(plain_losses[-1])
 
 
@@ -116,18 +119,39 @@ def test_nnx_optimizer_with_the_loss() -> None:
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: nnx.Linear, optimizer: nnx.Optimizer) -> None:
+    def step(model: nnx.Linear, optimizer: nnx.Optimizer) -> dict[str, jax.Array]:
         def loss(model: nnx.Linear) -> jax.Array:
             return jnp.mean((model(_IMAGES) - _TARGETS) ** 2)
 
         value, grads = nnx.value_and_grad(loss)(model)
         optimizer.update(model, grads, value=value)
+        return sasa_optax.metrics(optimizer.opt_state)
 
+    history = sasa_optax.History()
     for _ in range(200):
-        step(model, optimizer)
-    state = nnx.as_pure(optimizer.opt_state)
-    assert bool(optax.tree.get(state, "sees_loss"))
-    assert float(optax.tree.get(state, "scale")) > 3
+        history.record(step(model, optimizer))
+    last = history.rows[-1]
+    assert last["step"] == 200
+    assert last["sees_loss"] is True
+    assert last["scale"] > 3
+    assert last["num_brakes"] == last["num_nonfinite"] == 0
+    # Outside jit the arrays are wrapped by NNX.
+    outside = sasa_optax.metrics(optimizer.opt_state)
+    assert {name: x.item() for name, x in outside.items()} == last
+
+
+def test_nnx_optimizer_with_measured_progress() -> None:
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    tx = optax.chain(optax.adam(1e-3), sasa_optax.measure_progress())
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for _ in range(40):
+        optimizer.update(model, grads)
+    metrics = sasa_optax.metrics(optimizer.opt_state)
+    assert set(metrics) == {"step", "progress"}
+    assert int(metrics["step"]) == 40
+    # Along a straight line.
+    assert float(metrics["progress"]) > 1
 
 
 def _names_of(page: str) -> dict[str, Any]:

@@ -300,8 +300,8 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
     rises = ratios > 1
     assert not np.any(rises & (is_cut | is_missed))
     assert np.all(scales[1:] <= np.maximum(states.ceiling, lowest) * (1 + 1e-6))
-    # Each rise is recorded, and nothing else; a cut forgets it. A walk begins anew where
-    # the parameters return. Nothing but a cut lowers the rate before it is long enough.
+    # Each rise is recorded, and nothing else; a cut forgets it. A walk begins anew
+    # where the parameters return. Before it is long enough only a cut lowers the rate.
     last_rise, num_walked = 0, int(first.measured.num_walked)
     for k, step in enumerate(steps):
         last_rise = step if rises[k] else 0 if is_cut[k] else last_rise

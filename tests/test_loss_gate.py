@@ -285,12 +285,15 @@ def test_within_a_horizon_of_a_cut_there_is_no_other_overshoot() -> None:
     """The loss is good again at once, so that the rate rises, and then bad for long."""
     level = 10 * (_loss_gate._OVERSHOOT + _loss_gate._BRAKE) / 2
     falling = np.linspace(10, 0, 150)
-    blocks = [np.full(12, level), np.full(6, -4.0), np.full(80, level)]
+    blocks = [np.full(33, level), np.full(5, -3.0), np.full(60, 1.5 * level)]
     losses = np.concatenate([falling, *blocks]) + 0.05 * _noise(248)
+    is_above = _verdicts(losses)["is_above"]
     states = [state for _, state in _steps(losses, rises=True)]
     cuts = np.unique([int(state.last_cut) for state in states])[1:]
     assert int(states[-1].num_overshoots) == len(cuts) == 2
     assert int(states[cuts[1] - 2].last_rise) > cuts[0]
+    assert np.all(is_above[cuts[1] - 6 : cuts[1]])
+    assert not np.any(is_above[cuts[0] + 4 : cuts[0] + 10])
     assert cuts[1] == cuts[0] + 32 + 1
 
 
