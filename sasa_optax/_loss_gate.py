@@ -31,6 +31,8 @@ class LossState(NamedTuple):
       slow: their average over about a horizon.
       variance: of a single loss around the fast average.
       first: the fast average after the first 16 losses.
+      error_of_first: the standard deviation of ``first``, as it was seen then.
+      has_gained: whether a fall since then was real, bool.
       best: the least that the fast average has been since, plus three of its standard
         deviations.
     """
@@ -41,6 +43,8 @@ class LossState(NamedTuple):
     slow: jax.Array
     variance: jax.Array
     first: jax.Array
+    error_of_first: jax.Array
+    has_gained: jax.Array
     best: jax.Array
 
 
@@ -62,8 +66,9 @@ class Verdict(NamedTuple):
 
 
 def start(dtype: jax.typing.DTypeLike) -> LossState:
-    count, number = (lambda: jnp.zeros((), jnp.int32)), (lambda: jnp.zeros((), dtype))
-    return LossState(count(), count(), *(number() for _ in range(5)))
+    dtypes = dict.fromkeys(LossState._fields, dtype)
+    dtypes |= {"num_losses": jnp.int32, "num_missed": jnp.int32, "has_gained": bool}
+    return LossState(**{name: jnp.zeros((), each) for name, each in dtypes.items()})
 
 
 def unseen() -> Verdict:
@@ -80,22 +85,24 @@ def watch(
     is_missing = ~jnp.isfinite((value - state.fast) ** 2)
     value = jnp.where(is_missing, state.fast, value)
     seen = _averaged(state, value, horizon)
-    error, error_of_first = _errors(seen, horizon)
+    error, error_of_16 = _errors(seen, horizon)
     is_judged = seen.num_losses > _MIN_FAST
     is_fresh = seen.num_losses == _MIN_FAST
     # The least of many averages lies below their mean: hence the deviations.
     bound = seen.fast + _NUM_DEVIATIONS * error
     first = jnp.where(is_fresh, seen.fast, state.first)
+    error_of_first = jnp.where(is_fresh, error_of_16, state.error_of_first)
     best = jnp.where(is_judged, jnp.minimum(state.best, bound), bound)
     gained = first - best
-    is_real = gained > _REAL * jnp.maximum(error, error_of_first)
-    # How far the loss is surely above its best, and how far above where it began.
-    above_best = seen.fast - _NUM_DEVIATIONS * error - best
-    above_first = seen.fast - _NUM_DEVIATIONS * jnp.sqrt(seen.variance) - first
+    # Once real it stays so: a loss that explodes is noisy, too, and must not hide it.
+    is_real = gained > _REAL * jnp.maximum(error, error_of_16)
+    has_gained = is_judged & (state.has_gained | is_real)
+    above = seen.fast - _NUM_DEVIATIONS * error
+    above_best, above_first = above - best, above - first - _REAL * error_of_first
     is_falling = seen.slow - seen.fast >= _FALLING * gained
-    is_above = is_judged & is_real & (above_best > _OVERSHOOT * gained)
-    is_open = is_falling | ~is_real | ~is_judged
-    lost = jnp.where(is_real, above_best > _BRAKE * gained, above_first > 0)
+    is_above = has_gained & (above_best > _OVERSHOOT * gained)
+    is_open = is_falling | ~has_gained
+    lost = jnp.where(has_gained, above_best > _BRAKE * gained, above_first > 0)
     num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)
     verdict = Verdict(
         # A loss that never varies says nothing.
@@ -106,7 +113,9 @@ def watch(
         is_lost=(~is_missing & is_judged & lost) | (num_missed == 2),
         is_missing=is_missing,
     )
-    seen = seen._replace(first=first, best=best)
+    seen = seen._replace(
+        first=first, error_of_first=error_of_first, has_gained=has_gained, best=best
+    )
     kept = jax.tree.map(lambda old, new: jnp.where(is_missing, old, new), state, seen)
     return kept._replace(num_missed=num_missed), verdict
 
@@ -136,7 +145,7 @@ def _weight(num_losses: jax.Array, horizon: jax.Array) -> jax.Array:
 
 
 def _errors(state: LossState, horizon: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The standard deviations of the fast average, and of the first one."""
+    """The standard deviations of the fast average, and of one over 16 losses."""
     weight = _weight(state.num_losses, _fast_horizon(horizon))
     of_fast = jnp.sqrt(state.variance * weight / (2 - weight))
     return of_fast, jnp.sqrt(state.variance / _MIN_FAST)
