@@ -100,7 +100,9 @@ def _cut(
     is_cut = is_overshoot | verdict.is_lost
     scale = jnp.where(is_cut, state.scale / _CUT, state.scale)
     missed = optax.safe_increment(state.num_nonfinite)
-    restarted = jnp.where(verdict.is_lost, 0, state.losses.num_losses)
+    losses = _loss_gate.renewed(state.losses, horizon)
+    best = jnp.where(is_cut, losses.best, state.losses.best)
+    num_losses = jnp.where(verdict.is_lost, 0, state.losses.num_losses)
     state = state._replace(
         scale=scale,
         ceiling=jnp.where(is_cut, scale, state.ceiling),
@@ -109,7 +111,7 @@ def _cut(
         num_nonfinite=jnp.where(verdict.is_missing, missed, state.num_nonfinite),
         last_cut=jnp.where(is_cut, steps, state.last_cut),
         last_rise=jnp.where(is_cut, 0, state.last_rise),
-        losses=state.losses._replace(num_losses=restarted),
+        losses=state.losses._replace(num_losses=num_losses, best=best),
     )
     return state, is_cut
 

@@ -120,6 +120,17 @@ def watch(
     return kept._replace(num_missed=num_missed), verdict
 
 
+def renewed(state: LossState, horizon: jax.Array) -> LossState:
+    """The state after a cut: its best is the loss of now.
+
+    The least of very noisy losses may lie below what can be reached, and would then
+    call for one cut after the other.
+    """
+    return state._replace(
+        best=state.fast + _NUM_DEVIATIONS * _errors(state, horizon)[0]
+    )
+
+
 def _averaged(state: LossState, value: jax.Array, horizon: jax.Array) -> LossState:
     num_losses = jnp.asarray(optax.safe_increment(state.num_losses))
     is_first = num_losses == 1

@@ -149,8 +149,10 @@ def _in_midrun(state: Any, params: Any) -> Any:
     losses = {"fast": 0.25, "slow": 0.32, "first": 0.64, "best": 0.0}
     losses = {name: x * loss for name, x in losses.items()}
     losses["variance"] = (0.2 * loss) ** 2
+    losses["error_of_first"] = 0.05 * loss
     losses = {name: x.astype(kept.fast.dtype) for name, x in losses.items()}
-    losses = kept._replace(num_losses=jnp.full((), 100, jnp.int32), **losses)
+    losses["num_losses"] = jnp.full((), 100, jnp.int32)
+    losses = kept._replace(has_gained=jnp.ones((), bool), **losses)
     state = optax.tree.set(state, last_rise=age())
     return optax.tree.set(state, losses=losses)
 

@@ -196,6 +196,15 @@ def test_it_depends_on_the_share_of_the_gain_that_is_lost(
     assert np.all(verdicts["is_above"] | ~verdicts["is_lost"])
 
 
+def test_a_loss_that_explodes_does_not_hide_in_its_own_noise(x64: None) -> None:
+    """As of a network destroyed at batch size 1: most losses small, a few enormous."""
+    random = np.random.default_rng(0)
+    losses = _levels((40, 10.0), (400, 0.0))
+    bursts = 10 * np.exp(3 * random.normal(size=400))
+    verdicts = _verdicts(np.concatenate([losses, bursts]))
+    assert np.any(verdicts["is_lost"][440:])
+
+
 def test_a_single_large_loss_is_no_loss_of_the_model(x64: None) -> None:
     losses = _levels((40, 10.0), (400, 0.0))
     for size in (20.0, 1e3, 1e9):
@@ -205,15 +214,29 @@ def test_a_single_large_loss_is_no_loss_of_the_model(x64: None) -> None:
 
 
 def test_where_nothing_was_gained_the_start_is_the_limit(x64: None) -> None:
-    """By three standard deviations of a single loss."""
-    low, high = 5 + 2 * 0.1, 5 + 4 * 0.1
-    for level, is_lost in [(low, False), (high, True)]:
-        spread = 0.1 * np.resize([1.0, -1.0], 400)
-        losses = np.concatenate([5 + spread[:100], level + spread])
+    """By the deviations of the first average, as it was seen then, and of the fast."""
+    spread = 0.1 * np.resize([1.0, -1.0], 400)
+    of_first = 0.1 / _loss_gate._MIN_FAST**0.5
+    of_fast = 0.1 / (2 * _loss_gate._MIN_FAST - 1) ** 0.5
+    limit = _loss_gate._REAL * of_first + _loss_gate._NUM_DEVIATIONS * of_fast
+    for share, is_lost in [(0.9, False), (1.1, True)]:
+        losses = np.concatenate([5 + spread[:100], 5 + share * limit + spread])
         verdicts = _verdicts(losses)
         assert verdicts["is_lost"][-1] == is_lost
         assert not np.any(verdicts["is_lost"][:100])
         assert not np.any(verdicts["is_above"])
+
+
+def test_a_real_gain_stays_real_where_the_loss_explodes(x64: None) -> None:
+    """The noise of the explosion is larger than the gain; the model is lost at once."""
+    falling = _levels((40, 10.0), (400, 0.0))
+    exploding = np.exp(np.linspace(0, 12, 40)) * (1 + 0.5 * _noise(40, seed=1))
+    verdicts, states = _watched(np.append(falling, exploding))
+    assert bool(np.all(states.has_gained[100:]))
+    noise = np.sqrt(states.variance[-1] / _loss_gate._MIN_FAST)
+    assert states.first[-1] - states.best[-1] < _loss_gate._REAL * noise
+    assert verdicts.is_lost[-1]
+    assert not np.any(verdicts.may_rise[-10:])
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**-20, 3.0, 2.0**20])
