@@ -308,7 +308,7 @@ def test_within_a_horizon_of_a_cut_there_is_no_other_overshoot() -> None:
     """The loss is good again at once, so that the rate rises, and then bad for long."""
     level = 10 * (_loss_gate._OVERSHOOT + _loss_gate._BRAKE) / 2
     falling = np.linspace(10, 0, 150)
-    blocks = [np.full(33, level), np.full(5, -3.0), np.full(60, 1.5 * level)]
+    blocks = [np.full(33, level), np.full(5, -3.0), np.full(60, 2 * level)]
     losses = np.concatenate([falling, *blocks]) + 0.05 * _noise(248)
     is_above = _verdicts(losses)["is_above"]
     states = [state for _, state in _steps(losses, rises=True)]
