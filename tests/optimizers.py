@@ -146,9 +146,9 @@ def _in_midrun(state: Any, params: Any) -> Any:
     if optax.tree.get(state, "num_losses") is None:
         return state
     loss, kept = squares(params), optax.tree.get(state, "losses")
-    losses = {"fast": 0.25, "slow": 0.32, "first": 0.64, "best": 0.0}
+    losses = {"fast": 0.25, "slow": 0.32, "first": 0.27, "best": 0.12}
     losses = {name: x * loss for name, x in losses.items()}
-    losses["variance"] = (0.2 * loss) ** 2
+    losses["variance"] = (0.1 * loss) ** 2
     losses["error_of_first"] = 0.05 * loss
     losses = {name: x.astype(kept.fast.dtype) for name, x in losses.items()}
     losses["num_losses"] = jnp.full((), 100, jnp.int32)

@@ -296,6 +296,12 @@ def test_an_overshoot_is_cut_only_where_the_rate_has_risen(rises: bool) -> None:
         assert int(seen[cut][1].last_cut) == cut + 1
         expected = float(seen[cut - 1][1].scale) / _adapt._CUT
         assert float(seen[cut][1].scale) == pytest.approx(expected)
+        # What counts as the best is the loss of now, with its deviations.
+        losses = seen[cut][1].losses
+        error = (losses.variance / (2 * _loss_gate._MIN_FAST - 1)) ** 0.5
+        best = losses.fast + _loss_gate._NUM_DEVIATIONS * error
+        assert float(losses.best) == pytest.approx(float(best), rel=1e-5)
+        assert float(best) > float(seen[cut - 1][1].losses.best) + 1
         assert not np.array_equal(
             seen[cut][0], seen[cut - 1][1].measured.average.averaged
         )
