@@ -7,7 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib
+import numpy as np
 import pytest
 
 import sasa_optax
@@ -23,10 +26,17 @@ def test_the_code_in_the_readme_runs(
     text = (_ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 3
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
+    # The first block is the reader's loop: what is the reader's own comes from here.
+    names: dict[str, Any] = {
+        "params": jnp.zeros(5),
+        "batches": jax.random.normal(jax.random.key(0), (400, 5)) + 1,
+        "loss_fn": lambda params, batch: jnp.mean((params - batch) ** 2),
+    }
+    exec(blocks[0], names)
     assert (tmp_path / "run.png").exists()
+    np.testing.assert_allclose(names["model"], 1.0, atol=0.2)
+    for block in blocks[1:]:
+        exec(block, names)
     assert "progress has stopped" in capsys.readouterr().out
     params = names["params"]
     names["optimizer"].update(params, names["optimizer"].init(params), params)
@@ -58,7 +68,7 @@ def test_the_public_names_exist_and_are_documented() -> None:
         public = getattr(sasa_optax, name)
         if callable(public) and name not in ("Statistic", "StationarityTest"):
             assert public.__doc__, name
-    for name in ("qhm", "sasa", "sasa_plus", "reduce_on_stationarity"):
+    for name in ("adapt_on_progress", "qhm", "sasa", "reduce_on_stationarity"):
         assert ">>>" in getattr(sasa_optax, name).__doc__
 
 
