@@ -152,7 +152,8 @@ def _fast_horizon(horizon: jax.Array) -> jax.Array:
 
 
 def _weight(num_losses: jax.Array, horizon: jax.Array) -> jax.Array:
-    return 1 / jnp.minimum(num_losses.astype(horizon.dtype), horizon)
+    # Before the first loss, too, nothing may be divided by zero.
+    return 1 / jnp.clip(num_losses.astype(horizon.dtype), 1, horizon)
 
 
 def _errors(state: LossState, horizon: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -610,3 +610,19 @@ def test_the_page_states_the_constants_of_the_code() -> None:
             assert float(number) == defaults[name].default, name
         else:
             assert float(number) == getattr(_CONSTANTS[module], name), name
+
+
+@pytest.mark.parametrize("losses", [[None, None], [np.nan, np.nan]])
+def test_without_a_loss_nothing_is_divided_by_zero(losses: list[Any]) -> None:
+    optimizer = sasa_optax.adapt_on_progress()
+    params = jnp.ones(3)
+    state = optimizer.init(params)
+    with jax.disable_jit(), jax.debug_nans(losses[0] is None):
+        for loss in losses:
+            value = None if loss is None else jnp.float32(loss)
+            updates, state = optimizer.update(
+                jnp.full(3, 0.1), state, params, value=value
+            )
+            params = optax.apply_updates(params, updates)
+    finite = state._replace(ceiling=state.scale)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(finite))
