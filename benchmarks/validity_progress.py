@@ -50,7 +50,7 @@ Row = dict[str, Any]
 
 
 def optimizer_of(
-    cell: validity.Quadratic, rate: jax.typing.ArrayLike
+    cell: validity.Quadratic, rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     if cell.direction == "adam":
         return optax.adam(rate)
@@ -58,19 +58,19 @@ def optimizer_of(
 
 
 def averaged(
-    cell: validity.Quadratic, rate: jax.typing.ArrayLike
+    cell: validity.Quadratic, rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     return optax.chain(optimizer_of(cell, rate), sasa_optax.average_iterates())
 
 
 def served(
-    cell: validity.Quadratic, rate: jax.typing.ArrayLike
+    cell: validity.Quadratic, rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     servo = sasa_optax.adapt_on_progress(cell.momentum)
     return optax.chain(optimizer_of(cell, rate), servo)
 
 
-Make = Callable[[validity.Quadratic, jax.typing.ArrayLike], Any]
+Make = Callable[[validity.Quadratic, optax.ScalarOrSchedule], Any]
 
 
 def first_runs(
