@@ -1,92 +1,53 @@
 """Learning rates set by statistics of the run itself, for any optax optimizer."""
 
-from sasa_optax._adapt import AdaptOnProgressState, adapt_on_progress
-from sasa_optax._average import AverageState, average_iterates, averaged_params
-from sasa_optax._controller import ControllerState
-from sasa_optax._history import Cut, Drop, History, Switch, metrics
-from sasa_optax._line_search import LineSearchState
-from sasa_optax._loss_gate import LossState
-from sasa_optax._momentum import SasaState
-from sasa_optax._progress import ProgressState, measure_progress
-from sasa_optax._qhm import ScaleByQhmState, qhm, scale_by_qhm
-from sasa_optax._salsa import salsa, scale_by_salsa, scale_by_ssls, ssls
-from sasa_optax._sasa import (
-    reduce_on_stationarity,
-    sasa,
-    sasa_plus,
-    scale_by_sasa_plus,
-)
-from sasa_optax._slope import slope
-from sasa_optax._stationarity import (
-    EquivalenceTest,
-    MeanEstimate,
-    Samples,
-    SlopeTest,
-    StationarityTest,
-    TestResult,
-    ZeroMeanTest,
-    estimate_mean,
-)
-from sasa_optax._statistics import (
-    Sample,
-    Statistic,
-    Transition,
-    centred_statistic,
-    loss_statistic,
-    master_statistic,
-    yaida_statistic,
-)
-from sasa_optax._student_t import student_t_cdf, student_t_quantile
-from sasa_optax._window import Window, resize_window
+from sasa_optax._adapt import AdaptOnProgressState as AdaptOnProgressState
+from sasa_optax._adapt import adapt_on_progress as adapt_on_progress
+from sasa_optax._average import AverageState as AverageState
+from sasa_optax._average import average_iterates as average_iterates
+from sasa_optax._average import averaged_params as averaged_params
+from sasa_optax._controller import ControllerState as ControllerState
+from sasa_optax._history import Cut as Cut
+from sasa_optax._history import Drop as Drop
+from sasa_optax._history import History as History
+from sasa_optax._history import Switch as Switch
+from sasa_optax._history import metrics as metrics
+from sasa_optax._line_search import LineSearch as LineSearch
+from sasa_optax._line_search import LineSearchState as LineSearchState
+from sasa_optax._loss_gate import LossState as LossState
+from sasa_optax._momentum import MomentumState as MomentumState
+from sasa_optax._momentum import ScaleByQhmState as ScaleByQhmState
+from sasa_optax._momentum import qhm as qhm
+from sasa_optax._momentum import scale_by_qhm as scale_by_qhm
+from sasa_optax._progress import ProgressState as ProgressState
+from sasa_optax._progress import measure_progress as measure_progress
+from sasa_optax._salsa import salsa as salsa
+from sasa_optax._salsa import scale_by_salsa as scale_by_salsa
+from sasa_optax._salsa import scale_by_ssls as scale_by_ssls
+from sasa_optax._salsa import ssls as ssls
+from sasa_optax._sasa import reduce_on_stationarity as reduce_on_stationarity
+from sasa_optax._sasa import sasa as sasa
+from sasa_optax._sasa import sasa_plus as sasa_plus
+from sasa_optax._sasa import scale_by_sasa_plus as scale_by_sasa_plus
+from sasa_optax._slope import slope as slope
+from sasa_optax._stationarity import EquivalenceTest as EquivalenceTest
+from sasa_optax._stationarity import MeanEstimate as MeanEstimate
+from sasa_optax._stationarity import Samples as Samples
+from sasa_optax._stationarity import SlopeTest as SlopeTest
+from sasa_optax._stationarity import StationarityTest as StationarityTest
+from sasa_optax._stationarity import TestResult as TestResult
+from sasa_optax._stationarity import ZeroMeanTest as ZeroMeanTest
+from sasa_optax._stationarity import estimate_mean as estimate_mean
+from sasa_optax._statistics import Sample as Sample
+from sasa_optax._statistics import Statistic as Statistic
+from sasa_optax._statistics import Transition as Transition
+from sasa_optax._statistics import centred_statistic as centred_statistic
+from sasa_optax._statistics import loss_statistic as loss_statistic
+from sasa_optax._statistics import master_statistic as master_statistic
+from sasa_optax._statistics import yaida_statistic as yaida_statistic
+from sasa_optax._student_t import student_t_cdf as student_t_cdf
+from sasa_optax._student_t import student_t_quantile as student_t_quantile
+from sasa_optax._window import Window as Window
+from sasa_optax._window import WindowState as WindowState
+from sasa_optax._window import resize_window as resize_window
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "AdaptOnProgressState",
-    "AverageState",
-    "ControllerState",
-    "Cut",
-    "Drop",
-    "EquivalenceTest",
-    "History",
-    "LineSearchState",
-    "LossState",
-    "MeanEstimate",
-    "ProgressState",
-    "Sample",
-    "Samples",
-    "SasaState",
-    "ScaleByQhmState",
-    "SlopeTest",
-    "StationarityTest",
-    "Statistic",
-    "Switch",
-    "TestResult",
-    "Transition",
-    "Window",
-    "ZeroMeanTest",
-    "adapt_on_progress",
-    "average_iterates",
-    "averaged_params",
-    "centred_statistic",
-    "estimate_mean",
-    "loss_statistic",
-    "master_statistic",
-    "measure_progress",
-    "metrics",
-    "qhm",
-    "reduce_on_stationarity",
-    "resize_window",
-    "salsa",
-    "sasa",
-    "sasa_plus",
-    "scale_by_qhm",
-    "scale_by_salsa",
-    "scale_by_sasa_plus",
-    "scale_by_ssls",
-    "slope",
-    "ssls",
-    "student_t_cdf",
-    "student_t_quantile",
-    "yaida_statistic",
-]

@@ -8,19 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _average, _checks, _loss_gate, _progress, _tree, _types
+from sasa_optax._types import AxisName, Numeric
 
-# The logarithm of the scale changes, over a horizon, by log(R / R*) where it rises, and
-# by a tenth of it where it falls; by so much at most. As a horizon is an eighth of all
-# steps, in the end it falls no faster than k^-0.8: averaged, such rates are those of
-# Polyak and Ruppert, whose exponents lie between 1/2 and 1.
+# Over a horizon, the logarithm of the scale changes by log(R / R*) where it rises, and
+# by a tenth of it where it falls, within these limits. A horizon is an eighth of all
+# steps, so in the end the scale falls no faster than k^-0.8. Averaged, such rates are
+# those of Polyak and Ruppert, whose exponents lie between 1/2 and 1.
 _MOST_UP, _DOWN, _MOST_DOWN = 1.0, 0.1, 0.1
-# The first descent raises progress. So far from the start, a rise takes progress that
-# is above its target by 1 + (128 / k)^2.
+# The first descent raises progress. So at step k, a rise takes progress that is above
+# its target by 1 + (128 / k)^2.
 _SETTLING = 128
-# A rise goes too far before progress can tell. So soon after it, a fall is faster by up
-# to 1 + 8 (j / k)^2, where j is the step of the newest rise.
+# A rise goes too far before progress can tell. So soon after the newest rise, at step
+# j, a fall is faster by up to 1 + 8 (j / k)^2.
 _CORRECTION = 8.0
-# Progress of a straight line begins at nearly nothing; it says nothing before this.
+# On a straight line progress starts near zero, so it says nothing before this step.
 _MIN_STEPS = 64
 # What an overshoot and a brake divide the scale by, and how fast the ceiling that they
 # leave behind may rise again, over a horizon.
@@ -33,22 +34,21 @@ class AdaptOnProgressState(NamedTuple):
     Attributes:
       scale: what multiplies the updates of the next step, shape ().
       target: what progress is compared with, shape (). It is a reading.
-      ceiling: what the scale may not exceed since the newest cut, shape (); infinite
-        before the first.
+      ceiling: the bound of the scale since the newest cut, shape (); infinite before
+        the first.
       sees_loss: whether the newest step was given ``value``, shape (), bool. Without it
         the scale never rises.
-      num_overshoots: how often the scale was cut as it had risen too far, shape (),
-        int32.
-      num_brakes: how often it was cut, and the parameters put back to their average, as
-        half of what was gained was lost; shape (), int32.
+      num_overshoots: how often the scale was cut because it had risen too far, shape
+        (), int32.
+      num_brakes: how often the scale was cut and the parameters returned to their
+        average, because half of what was gained was lost; shape (), int32.
       num_nonfinite: losses that were not finite, shape (), int32.
       last_cut: the step of the newest overshoot or brake, 0 before the first; shape (),
         int32.
       last_rise: the newest step after which the scale rose, 0 if none did since the
         newest cut; shape (), int32.
       losses: the `LossState` of the gate.
-      measured: the `ProgressState`, with the average that `averaged_params`
-        returns.
+      measured: the `ProgressState`, with the average that `averaged_params` returns.
 
     Those without a dtype here are float32, or float64 where a parameter is.
     """
@@ -66,22 +66,10 @@ class AdaptOnProgressState(NamedTuple):
     measured: _progress.ProgressState
 
 
-def _value(value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            "value must be the loss, a floating-point scalar, got "
-            f"{array.dtype} of shape {array.shape}: call "
-            "`updates, state = optimizer.update(grads, state, params, value=loss)`."
-        )
-    return array.astype(dtype)
-
-
 def _clock(state: AdaptOnProgressState) -> tuple[jax.Array, jax.Array]:
     """The number of this step, the first being one, and the horizon of its average."""
-    average, dtype = state.measured.average, state.scale.dtype
-    steps = jnp.asarray(optax.safe_increment(average.num_averaged))
-    return steps, 1 / _progress.weight(average, dtype)
+    steps = optax.safe_increment(state.measured.average.num_averaged)
+    return jnp.asarray(steps), 1 / _progress.weight(state.measured)
 
 
 def _cut(
@@ -119,7 +107,7 @@ def _cut(
 def _change(
     state: AdaptOnProgressState, verdict: _loss_gate.Verdict, steps: jax.Array
 ) -> jax.Array:
-    """Of the logarithm of the scale over a horizon, as progress asks for."""
+    """The change of the logarithm of the scale over a horizon."""
     dtype = state.scale.dtype
     count = steps.astype(dtype)
     progress = jnp.maximum(state.measured.progress, jnp.finfo(dtype).tiny)
@@ -139,6 +127,7 @@ def _changed(
     horizon: jax.Array,
     clip: Callable[[jax.Array], jax.Array],
 ) -> AdaptOnProgressState:
+    """Moves the scale, within its bounds and the ceiling, which rises slowly."""
     wanted = state.scale * jnp.exp(change / horizon)
     scale = clip(jnp.minimum(wanted, state.ceiling))
     return state._replace(
@@ -149,21 +138,21 @@ def _changed(
 
 
 def adapt_on_progress(
-    momentum: jax.typing.ArrayLike = 0.9,
+    momentum: Numeric = 0.9,
     *,
-    target: jax.typing.ArrayLike = 0.4,
-    min_scale: jax.typing.ArrayLike = 0.0,
-    max_scale: jax.typing.ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    target: Numeric = 0.4,
+    min_scale: Numeric = 0.0,
+    max_scale: Numeric | None = None,
+    axis_name: AxisName = None,
     dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> _types.Optimizer:
     r"""Scales the updates of any optimizer so that progress stays near its target.
 
-    Placed after a complete optimizer, it needs no schedule, no horizon and no epochs:
-    give it the loss, and evaluate `averaged_params`. After each step it compares
-    **progress** R, the squared distance of the parameters from their average beside
-    that of a random walk (`measure_progress`), with its target R*, and moves the scale
-    s of the updates:
+    Put it after a complete optimizer, give it the loss, and evaluate
+    `averaged_params`. It needs no schedule, no horizon and no epochs. After each step
+    it compares **progress** R, the squared distance of the parameters from their
+    average over that of a random walk (`measure_progress`), with its target R*, and
+    moves the scale s of the updates:
 
     .. math::
 
@@ -172,41 +161,38 @@ def adapt_on_progress(
 
     with a = 1 where it rises and 0.1 where it falls. Progress above the target says
     that the run still goes somewhere, so that larger steps would get there faster.
-    Below it, the parameters move around in place, and smaller steps come closer. In the
-    first steps a rise takes more progress, and soon after a rise a fall is faster; see
-    docs/progress.md.
+    Below the target the parameters move around in place, and smaller steps come closer.
+    In the first steps a rise takes more progress, and soon after a rise a fall is
+    faster; see docs/progress.md.
 
     **The loss** keeps a rise from going too far. The scale rises only while the loss
-    falls noticeably, or has not begun to. *Overshoot*: after a rise a tenth of what the
-    loss has gained is lost again; the scale is cut to a quarter, and then rises slowly
-    at most. *Brake*: half of it is lost; the scale is cut, and the parameters return to
-    their average. They also return where the loss is not finite; a second such loss in
-    a row is a brake. A loss may be negative. **Without** ``value`` the scale only
-    falls, and ``sees_loss`` in `metrics` is False.
+    falls noticeably, or has not begun to. *Overshoot*: after a rise, a tenth of what
+    the loss has gained is lost again. The scale is cut to a quarter, and then rises
+    slowly at most. *Brake*: half of it is lost. The scale is cut, and the parameters
+    return to their average. They also return where the loss is not finite; a second
+    such loss in a row is a brake. A loss may be negative. **Without** ``value`` the
+    scale only falls, and ``sees_loss`` in `metrics` is False.
 
     Args:
       momentum: beta, in [0, 1), of the optimizer before it: ``b1`` of Adam, 0 for
         RMSprop and Adafactor, 0.97 for Lion. Default 0.9.
       target: R*, in (0, 1). The higher, the lower the rate. Default 0.4.
-      min_scale: the scale never falls below this, in [0, inf). Default 0.0.
-      max_scale: the scale never rises above this, at least ``min_scale``. Default None:
+      min_scale: the lower bound of the scale, in [0, inf). Default 0.0.
+      max_scale: the upper bound of the scale, at least ``min_scale``. Default None:
         there is no bound.
-      axis_name: inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-        the parameters are sharded: the sums are then over it, by one all-reduce. Not
-        needed under jit, nor where parameters are replicated. Default None.
-      dtype: to keep the average in, float32 or float64. Default None: float32, or
-        float64 for parameters that are.
+      axis_name, dtype: see `measure_progress`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an
       `AdaptOnProgressState`. Its ``update`` needs ``params``, takes the extra argument
       ``value``, the loss of the mini-batch, and ignores all others. Where each device
-      has a loss and gradients of its own (`jax.pmap`, `jax.shard_map`), average both
-      before: ``jax.lax.pmean((loss, grads), axis)``. Updates keep their dtypes.
+      has its own loss and gradients (`jax.pmap`, `jax.shard_map`), average both first:
+      ``jax.lax.pmean((loss, grads), axis)``. Updates keep their dtypes.
 
-      Gradients that are not finite spoil the state of most optimizers for good. Where
-      they occur, keep them from it: ``optax.chain(optax.apply_if_finite(inner, 100),
-      adapt_on_progress())`` trains on. The average never takes them in.
+      Gradients that are not finite spoil the state of most optimizers for good. To
+      train on where they occur, keep them out of it:
+      ``optax.chain(optax.apply_if_finite(inner, 100), adapt_on_progress())``. They
+      never enter the average.
 
     Raises:
       ValueError: at construction, if an argument is out of range; at ``update``, if
@@ -274,15 +260,15 @@ def adapt_on_progress(
         state: AdaptOnProgressState,
         params: optax.Params | None = None,
         *,
-        value: jax.typing.ArrayLike | None = None,
+        value: Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AdaptOnProgressState]:
         del extra_args
-        params = _checks.params(params, "Progress")
+        params = _checks.params(params)
         steps, horizon = _clock(state)
         verdict, losses = _loss_gate.unseen(), state.losses
         if value is not None:
-            loss = _value(value, state.scale.dtype)
+            loss = _checks.loss("value", value).astype(state.scale.dtype)
             losses, verdict = _loss_gate.watch(losses, loss, horizon)
         state = state._replace(losses=losses, sees_loss=jnp.asarray(value is not None))
         state, is_cut = _cut(state, verdict, steps, horizon)
@@ -291,8 +277,8 @@ def adapt_on_progress(
             updates,
             state.measured,
             params,
-            momentum=momentum,
-            axis_name=axis_name,
+            momentum,
+            axis_name,
             scale=scale,
             # A loss that is not finite has no gradient worth following either.
             returns=verdict.is_lost | verdict.is_missing,

@@ -1,4 +1,4 @@
-"""An average over the newest iterates: as good at every moment, with no horizon."""
+"""An average over the newest iterates: a good model at every moment."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree, _types
+from sasa_optax._types import Numeric
 
-DEFAULT_MIN_HORIZON = 32
+_MIN_HORIZON = 32
 
 
 class AverageState(NamedTuple):
@@ -16,36 +17,36 @@ class AverageState(NamedTuple):
 
     Attributes:
       num_averaged: steps taken, shape (), int32.
-      averaged: c, of the structure and the shapes of the parameters, in float32 unless
-        another dtype was asked for; float64 where they are.
+      averaged: c, with the structure and the shapes of the parameters, in float32
+        unless another dtype was asked for, and in float64 where the parameters are.
     """
 
     num_averaged: jax.Array
     averaged: optax.Params
 
 
-def _kept_dtype(x: jax.Array, dtype: jnp.dtype | None) -> jnp.dtype:
-    """Of the average of a leaf: never narrower than the leaf."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return x.dtype
-    return jnp.promote_types(x.dtype, jnp.float32 if dtype is None else dtype)
-
-
 def start(params: optax.Params, dtype: jnp.dtype | None = None) -> AverageState:
-    def copied(x: jax.typing.ArrayLike) -> jax.Array:
+    """An average that begins at the parameters, in buffers of its own."""
+
+    def copied(x: Numeric) -> jax.Array:
         x = jnp.asarray(x)
-        return jnp.array(x, _kept_dtype(x, dtype), copy=True)
+        kept = x.dtype
+        if jnp.issubdtype(kept, jnp.inexact):
+            # The average of a leaf is never narrower than the leaf.
+            kept = jnp.promote_types(kept, jnp.float32 if dtype is None else dtype)
+        return jnp.array(x, kept, copy=True)
 
     return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(copied, params))
 
 
 def weight(
     state: AverageState,
-    leak_ratio: jax.typing.ArrayLike,
-    min_horizon: jax.typing.ArrayLike,
+    leak_ratio: Numeric,
+    min_horizon: Numeric = _MIN_HORIZON,
+    *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """That of the next iterate, 1 / max(min_horizon, steps / leak_ratio)."""
+    """The weight of the next iterate, 1 / max(min_horizon, steps / leak_ratio)."""
     steps = jnp.asarray(optax.safe_increment(state.num_averaged)).astype(dtype)
     horizon = steps / jnp.asarray(leak_ratio, dtype)
     return 1 / jnp.maximum(jnp.asarray(min_horizon, dtype), horizon)
@@ -56,7 +57,7 @@ def push(
 ) -> AverageState:
     """Moves the average towards the new iterate, where that is finite."""
 
-    def moved(c: jax.Array, x: jax.typing.ArrayLike) -> jax.Array:
+    def moved(c: jax.Array, x: Numeric) -> jax.Array:
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
@@ -74,8 +75,8 @@ def checked_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
         return None
     wide = jnp.dtype(dtype)
     if not jnp.issubdtype(wide, jnp.floating) or wide.itemsize < 4:
-        # An average over n iterates moves by 1/n of what it is away from them, which
-        # 8 bits of mantissa round to nothing from n = 256 on.
+        # An average over n iterates moves by 1/n of its distance from them. From
+        # n = 256 on, 8 bits of mantissa round that to nothing.
         raise ValueError(
             f"dtype must be float32 or float64, or None, got {wide.name!r}: a narrower "
             "average would stand still."
@@ -89,36 +90,37 @@ def checked_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
 
 
 def average_iterates(
-    leak_ratio: jax.typing.ArrayLike = 8,
-    min_horizon: jax.typing.ArrayLike = DEFAULT_MIN_HORIZON,
+    leak_ratio: Numeric = 8,
+    min_horizon: Numeric = _MIN_HORIZON,
     dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> _types.Optimizer:
     r"""Averages the newest part of the iterates, and leaves the updates alone.
 
-    Last in any chain, also after plain optimizers. After step k it moves
+    Put it last in any chain. After step k it moves
 
     .. math::
 
       c \leftarrow c + \frac{x_{k+1} - c}{\max(h, k / r)}, \qquad c_0 = x_0,
 
-    with r = ``leak_ratio`` and h = ``min_horizon``, so that c is an average over about
-    the newest 1/r of all iterates, whenever one looks at it. At a constant rate it is
-    the better model, and one that needs no horizon: `averaged_params` returns it. What
-    is trained goes on as if it were not there.
+    with r = ``leak_ratio`` and h = ``min_horizon``. So c is an average over about the
+    newest 1/r of all iterates at every moment. At a constant rate it is the better
+    model, and needs no horizon: `averaged_params` returns it. The training itself is
+    not changed.
 
-    The running statistics of batch norm are those of the iterates, and not of their
-    average: see docs/averaging.md for how to renew them.
+    The running statistics of batch norm belong to the iterates and not to their
+    average. docs/averaging.md shows how to renew them.
 
     Args:
       leak_ratio: r, an integer of at least 1. Default 8.
-      min_horizon: h, the fewest steps to average over, in [1, inf). Default 32.
-      dtype: to keep the average in, float32 or float64. Default None: float32, or
+      min_horizon: h, the least number of steps to average over, in [1, inf). Default
+        32.
+      dtype: the dtype of the average, float32 or float64. Default None: float32, or
         float64 for parameters that are. It is never narrower than a parameter.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AverageState`. Its
       ``update`` needs ``params``, and ignores extra arguments. A coordinate that is not
-      finite after a step leaves its average as it was.
+      finite after a step leaves its average unchanged.
 
     Raises:
       ValueError: at construction, if an argument is out of range; at ``update``, if
@@ -153,14 +155,24 @@ def average_iterates(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageState]:
         del extra_args
-        params = _checks.params(params, "The average")
-        # As the caller will compute them, so that XLA merges the two.
+        params = _checks.params(params)
+        # XLA merges this with the caller's own computation of the same.
         new_params = optax.apply_updates(params, updates)
         dtype = _tree.statistic_dtype(params)
-        weight_of_new = weight(state, leak_ratio, min_horizon, dtype)
-        return updates, push(state, new_params, weight_of_new)
+        of_new = weight(state, leak_ratio, min_horizon, dtype=dtype)
+        return updates, push(state, new_params, of_new)
 
     return _types.transformation(init, update)
+
+
+def maybe_averaged(
+    optimizer: _types.Optimizer, average: bool, leak_ratio: Numeric
+) -> _types.Optimizer:
+    """The optimizer, with `average_iterates` after it if ``average`` is true."""
+    _checks.boolean("average", average)
+    return (
+        optax.chain(optimizer, average_iterates(leak_ratio)) if average else optimizer
+    )
 
 
 def _is_masked(node: Any) -> bool:
@@ -168,16 +180,19 @@ def _is_masked(node: Any) -> bool:
 
 
 def _averages(opt_state: Any) -> list[optax.Params]:
-    """All that a state holds, but for what statistics are measured from."""
+    """All averages in a state, except those that a statistic measures from."""
 
     def is_average(node: Any) -> bool:
         return isinstance(node, AverageState)
+
+    def is_of_statistic(path: tuple[Any, ...]) -> bool:
+        return any(getattr(key, "name", None) == "statistic" for key in path)
 
     nodes = jax.tree.leaves_with_path(opt_state, is_leaf=is_average)
     return [
         node.averaged
         for path, node in nodes
-        if is_average(node) and jax.tree_util.keystr(path[-1:], simple=True) != "centre"
+        if is_average(node) and not is_of_statistic(path)
     ]
 
 
@@ -188,12 +203,11 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
       opt_state: the state of an optimizer with `adapt_on_progress`, `measure_progress`,
         `average_iterates` or ``average=True`` in it, at any depth: a chain,
         `optax.masked`, `optax.partition`, `optax.MultiSteps`, a Flax train state.
-      params: the current parameters, which give the result its structure and its
-        dtypes, and take the place of those that are not averaged. Default None: the
-        average as it is kept, which for parameters of float32 or float64 is the same.
-        They are needed where the dtypes differ (bfloat16), with Flax NNX
-        (``nnx.state(model, nnx.Param)``), and under `optax.masked` or
-        `optax.partition`.
+      params: the current parameters. They give the result its structure and dtypes, and
+        stand in for parameters that are not averaged. They are needed where the dtypes
+        differ (bfloat16), with Flax NNX (``nnx.state(model, nnx.Param)``), and under
+        `optax.masked` or `optax.partition`. Default None: the average as it is kept,
+        which for parameters of float32 or float64 is the same.
 
     Returns:
       The average, in buffers of its own: the state may be donated afterwards. Before
@@ -238,7 +252,7 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
                 )
             found[path] = leaf
 
-    def of_leaf(path: Any, x: jax.typing.ArrayLike) -> jax.Array:
+    def of_leaf(path: Any, x: Numeric) -> jax.Array:
         leaf = found.pop(path, x)
         if jnp.shape(leaf) != jnp.shape(x):
             raise ValueError(

@@ -1,17 +1,20 @@
-"""Arguments checked where the user made the mistake.
+"""Checks of arguments, with errors where the user made the mistake.
 
-Traced values pass: `optax.inject_hyperparams` turns numbers into traced arrays, after
-the same numbers went through these checks concretely in its `init`.
+Traced values pass. `optax.inject_hyperparams` traces numbers after it has passed the
+same numbers through these checks in its `init`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+
+from sasa_optax._types import Numeric
 
 
 def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
@@ -28,7 +31,7 @@ def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
     return array
 
 
-def number(name: str, value: jax.typing.ArrayLike, interval: str) -> None:
+def number(name: str, value: Numeric, interval: str) -> None:
     """Checks a real scalar against an interval such as "(0, 1]"."""
     allowed = f"a number in {interval}"
     array = _scalar(name, value, allowed)
@@ -42,7 +45,7 @@ def number(name: str, value: jax.typing.ArrayLike, interval: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
-def integer(name: str, value: jax.typing.ArrayLike, at_least: int) -> None:
+def integer(name: str, value: Numeric, at_least: int) -> None:
     allowed = f"an integer of at least {at_least}"
     array = _scalar(name, value, allowed)
     if array is None:
@@ -62,10 +65,11 @@ def static_integer(name: str, value: Any, at_least: int) -> int:
     return int(value)
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        options = " or ".join(repr(option) for option in choices)
-        raise ValueError(f"{name} must be {options}, got {value!r}.")
+def choice(name: str, value: Any, choices: Iterable[str], *others: str) -> None:
+    """Checks a name. The error also says what else is allowed."""
+    if not isinstance(value, str) or value not in choices:
+        allowed = " or ".join([*map(repr, choices), *others])
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
 def learning_rate(value: Any, *, allow_schedule: bool) -> None:
@@ -78,23 +82,18 @@ def learning_rate(value: Any, *, allow_schedule: bool) -> None:
     number("learning_rate", value, "(0, inf)")
 
 
-def params(params: optax.Params | None, what_for: str) -> optax.Params:
+def params(params: optax.Params | None) -> optax.Params:
     if params is None:
         raise ValueError(
-            f"{what_for} needs the current parameters: call "
+            "update needs the current parameters: call "
             "`updates, state = optimizer.update(grads, state, params)`."
         )
     return params
 
 
-def function(name: str, value: Any, signature: str) -> None:
-    if not callable(value):
-        raise ValueError(f"{name} must be a function {signature}, got {value!r}.")
-
-
-def is_zero(value: jax.typing.ArrayLike) -> bool:
-    """Whether it is known, before anything is traced, that a term vanishes."""
-    return isinstance(value, int | float) and value == 0
+def instance(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a sasa_optax.{kind.__name__}, got {value!r}.")
 
 
 def boolean(name: str, value: Any) -> None:
@@ -112,20 +111,43 @@ def axis_name(name: str, value: Any) -> None:
 
 
 def exceeds(name: str, value: Any, other_name: str, other: Any) -> None:
-    if any(isinstance(x, Tracer) for x in (value, other)):
-        return
-    if not value > other:
-        raise ValueError(
-            f"{name} must be greater than {other_name}, got {name}={value} and "
-            f"{other_name}={other}."
-        )
+    _compare(name, value, "greater than", other_name, other)
 
 
 def at_least(name: str, value: Any, other_name: str, other: Any) -> None:
+    _compare(name, value, "at least", other_name, other)
+
+
+def _compare(name: str, value: Any, how: str, other_name: str, other: Any) -> None:
     if any(isinstance(x, Tracer) for x in (value, other)):
         return
-    if not value >= other:
+    holds = value > other if how == "greater than" else value >= other
+    if not holds:
         raise ValueError(
-            f"{name} must be at least {other_name}, got {name}={value} and "
+            f"{name} must be {how} {other_name}, got {name}={value} and "
             f"{other_name}={other}."
         )
+
+
+def scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``value`` as an array of shape () and of ``dtype``."""
+    array = jnp.asarray(value)
+    if array.shape:
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
+    return array.astype(dtype)
+
+
+def loss(name: str, value: Any) -> jax.Array:
+    """``value`` as an array, which must be a floating-point scalar."""
+    if isinstance(value, tuple | list | dict):
+        raise ValueError(
+            f"{name} must be a scalar, got a {type(value).__name__}: if the loss comes "
+            "with auxiliary output, give the loss alone."
+        )
+    array = jnp.asarray(value)
+    if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be a floating-point scalar, got shape {array.shape} and "
+            f"dtype {array.dtype}."
+        )
+    return array

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
@@ -11,46 +12,65 @@ from sasa_optax import _tree
 
 
 def cond(
-    predicate: jax.Array,
-    true_fun: Callable[..., Any],
-    false_fun: Callable[..., Any],
-    *operands: Any,
+    predicate: jax.Array, true_fun: Callable[[], Any], false_fun: Callable[[], Any]
 ) -> Any:
-    """`jax.lax.cond`, for a ``true_fun`` that is rarely needed.
+    """`jax.lax.cond` for a ``true_fun`` that is rarely needed.
 
-    `jax.vmap` makes a select of `jax.lax.cond`, so that each member of a population
-    pays for ``true_fun`` at every step. This one goes there if any member must. The
-    functions must not close over traced values.
+    `jax.vmap` turns `jax.lax.cond` into a select, so each member of a population would
+    pay for ``true_fun`` at every step. Here the population pays when a member needs it.
+    No gradient passes through.
     """
-    # There `jax.shard_map` has no rule for what follows.
+    # On JAX 0.5, `jax.shard_map` has no rule for what follows.
     if not _tree.knows_what_varies(predicate):
-        return jax.lax.cond(predicate, true_fun, false_fun, *operands)
+        return jax.lax.cond(predicate, true_fun, false_fun)
+    return _batched_cond(predicate, *_closed(true_fun), *_closed(false_fun))
 
+
+def _closed(function: Callable[[], Any]) -> tuple[Callable[[Any], Any], Any]:
+    """A function of the traced values that ``function`` closes over, and these."""
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)()
+
+    def call(values: Any) -> Any:
+        closed = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, values)
+        leaves = jax.extend.core.jaxpr_as_fun(closed)()
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return call, jax.lax.stop_gradient(jaxpr.consts)
+
+
+def _batched_cond(
+    predicate: jax.Array,
+    true_fun: Callable[[Any], Any],
+    true_values: Any,
+    false_fun: Callable[[Any], Any],
+    false_values: Any,
+) -> Any:
     @custom_vmap
-    def call(predicate: jax.Array, *operands: Any) -> Any:
-        return jax.lax.cond(predicate, true_fun, false_fun, *operands)
+    def call(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
+        return jax.lax.cond(
+            predicate, lambda: true_fun(true_values), lambda: false_fun(false_values)
+        )
 
     @call.def_vmap
-    def of_population(
-        axis_size: int, in_batched: Any, predicate: jax.Array, *operands: Any
-    ) -> Any:
+    def of_population(axis_size: int, in_batched: Any, *operands: Any) -> Any:
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
 
-        def select(predicate: jax.Array, *operands: Any) -> Any:
-            def pick(x: jax.Array, y: jax.Array) -> jax.Array:
-                return jnp.where(predicate, x, y)
+        def select(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
+            results = true_fun(true_values), false_fun(false_values)
+            return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), *results)
 
-            return jax.tree.map(pick, true_fun(*operands), false_fun(*operands))
-
-        def none(predicate: jax.Array, *operands: Any) -> Any:
-            del predicate
-            return false_fun(*operands)
+        def none(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
+            del predicate, true_values
+            return false_fun(false_values)
 
         some, none = (
             jax.vmap(fun, in_axes=tuple(axes), axis_size=axis_size)
             for fun in (select, none)
         )
-        result = cond(jnp.any(predicate), some, none, predicate, *operands)
+        predicates = operands[0]
+        result = cond(
+            jnp.any(predicates), lambda: some(*operands), lambda: none(*operands)
+        )
         return result, jax.tree.map(lambda _: True, result)
 
-    return call(predicate, *operands)
+    return call(predicate, true_values, false_values)

@@ -48,16 +48,9 @@ def _of_test(test: TestResult, name: str) -> dict[str, Any]:
 
 def _of_controller(state: ControllerState) -> dict[str, Any]:
     fields = state._asdict()
-    for name in ("window", "average", "centre"):
+    for name in ("window", "statistic"):
         del fields[name]
-    fields |= _of_test(fields.pop("last_test"), "test")
-    search = fields.pop("line_search")
-    if search is not None:
-        fields |= search._asdict()
-        del fields["losses"]
-        loss_test = fields.pop("loss_test")
-        fields |= {} if loss_test is None else _of_test(loss_test, "loss_test")
-    return fields
+    return fields | _of_test(fields.pop("last_test"), "test")
 
 
 def _of_progress(state: ProgressState) -> dict[str, Any]:

@@ -1,31 +1,24 @@
-"""SSLS: the rate found by a smoothed line search on the mini-batch's loss.
+"""A smoothed line search on the mini-batch's loss, in front of a controller.
 
-It stands in front of a controller: it changes the scale that the controller applies,
-and ends for good when the loss stops falling or the controller cuts the rate.
+The search changes the scale that the controller applies. It ends for good when the loss
+stops falling, or when the controller cuts the rate.
 """
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _tree, _types, _window
-from sasa_optax._controller import Controller, ControllerState, no_test_yet, test_if
-from sasa_optax._qhm import add_coupled_decay, coupled_decay_loss
-from sasa_optax._stationarity import SlopeTest, TestResult
+from sasa_optax import _checks, _decay, _epochs, _stationarity, _tree, _types, _window
+from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
+from sasa_optax._types import Numeric
 
-_DEFAULT_SMOOTHING = 0.1
-_DEFAULT_SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
-
-_BY_NAME = (
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.KEYWORD_ONLY,
-)
+_SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 
 _CALL = (
     "`updates, state = optimizer.update(grads, state, params, grad=grads, "
@@ -33,35 +26,136 @@ _CALL = (
 )
 
 
+@_types.options("direction")
+class LineSearch:
+    r"""How `ssls` and `salsa` search for the rate.
+
+    A search looks along a descent vector p for a step size :math:`\eta` that satisfies
+    Armijo's condition on the mini-batch at hand, with loss f and gradient g,
+
+    .. math::
+
+      f(x_k - \eta p) \le f(x_k) - c\,\eta\,\langle g, p\rangle.
+
+    It starts at ``increase_factor`` times the rate, and multiplies by
+    ``decrease_factor`` after each of at most ``max_trials`` failures. Where p is no
+    descent direction, it takes ``decrease_factor`` times the rate. The rate then moves
+    towards the result, :math:`\alpha \leftarrow (1 - \gamma)\,\alpha + \gamma\,\eta`,
+    so many mini-batches vote on it and none decides.
+
+    Attributes:
+      smoothing: gamma, in (0, 1]. Default None: 0.1, or :math:`1/\sqrt{S}` for S
+        ``steps_per_epoch``.
+      sufficient_decrease: c, in (0, 1). Towards 0.5 the rates found are smaller.
+        Default None: 0.05 along the gradient, as in the paper, and 0.45 along an
+        update. Adam's update fits the mini-batch so well that with 0.05 the rate runs
+        away.
+      increase_factor: in [1, inf). Default 2.0.
+      decrease_factor: in (0, 1). Default 0.5.
+      max_trials: evaluations of a trial point in a search, at least 1. Default 2.
+      direction: p. ``"gradient"`` is the gradient with coupled weight decay, or after
+        clipping the clipped one, as in the paper. ``"update"`` is the direction that
+        arrives from the chain. Take it after `optax.scale_by_adam` and the like, since
+        the scale of the gradient says nothing about that of the update. Default
+        "gradient".
+      interval: steps between searches, at least 1; gamma is compounded to
+        :math:`1 - (1 - \gamma)^m`. Between searches `salsa` records a loss if ``value``
+        is given; if not, each recorded loss counts for this many. Default 1.
+      max_learning_rate: the highest rate. Default None: there is no bound.
+      loss_test: the `SlopeTest` of the losses, which ends the search of `salsa` when
+        they no longer fall. The search of `ssls` never ends. Default ``SlopeTest()``.
+
+    Raises:
+      ValueError: at construction, if a field is out of range.
+
+    Example:
+      >>> import sasa_optax
+      >>> search = sasa_optax.LineSearch(max_trials=4, max_learning_rate=10.0)
+      >>> optimizer = sasa_optax.salsa(search=search)
+    """
+
+    smoothing: Numeric | None = None
+    sufficient_decrease: Numeric | None = None
+    increase_factor: Numeric = 2.0
+    decrease_factor: Numeric = 0.5
+    max_trials: Numeric = 2
+    direction: Literal["gradient", "update"] = "gradient"
+    interval: Numeric = 1
+    max_learning_rate: Numeric | None = None
+    loss_test: _stationarity.SlopeTest = _stationarity.SlopeTest()
+
+    def __post_init__(self) -> None:
+        _checks.choice("direction", self.direction, _SUFFICIENT_DECREASE)
+        _checks.number("increase_factor", self.increase_factor, "[1, inf)")
+        _checks.number("decrease_factor", self.decrease_factor, "(0, 1)")
+        _checks.integer("max_trials", self.max_trials, 1)
+        _checks.integer("interval", self.interval, 1)
+        _checks.instance("loss_test", self.loss_test, _stationarity.SlopeTest)
+        optional = {
+            "smoothing": "(0, 1]",
+            "sufficient_decrease": "(0, 1)",
+            "max_learning_rate": "(0, inf)",
+        }
+        for name, interval in optional.items():
+            if getattr(self, name) is not None:
+                _checks.number(name, getattr(self, name), interval)
+
+    def resolved(self, steps_per_epoch: int | None) -> "LineSearch":
+        """The search with its defaults filled in."""
+        defaults = {
+            "smoothing": _epochs.defaults(steps_per_epoch).smoothing,
+            "sufficient_decrease": _SUFFICIENT_DECREASE[self.direction],
+        }
+        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
+
+    def smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
+        """(1 - gamma) * rate + gamma * ratio * rate, within its bounds."""
+        dtype = rate.dtype
+        interval = jnp.asarray(self.interval, dtype)
+        # gamma is compounded, as a search stands for the steps until the next.
+        kept = (1 - jnp.asarray(self.smoothing, dtype)) ** interval
+        # Neither the rate nor its square may overflow or vanish.
+        largest = float(jnp.finfo(dtype).max) ** 0.5
+        most = largest if self.max_learning_rate is None else self.max_learning_rate
+        smoothed = kept * rate + (1 - kept) * ratio * rate
+        return jnp.clip(
+            smoothed, jnp.asarray(1 / largest, dtype), jnp.asarray(most, dtype)
+        )
+
+
 class LineSearchState(NamedTuple):
-    """What a line search adds to a `ControllerState`.
+    """What a line search remembers, with the state of its controller.
 
     Attributes:
       line_search_active: whether it still goes on, shape (), bool.
       step_size: eta, what the newest search found on its mini-batch, before smoothing;
         shape (), float32, or float64 where a parameter is.
-      num_evaluations: of ``value_fn``, since the start; shape (), int32.
-      losses: of the mini-batches since the start; None for `ssls`, which never ends.
+      num_evaluations: evaluations of ``value_fn`` since the start; shape (), int32.
+      losses: the `WindowState` of the mini-batches' losses since the start; None for
+        `ssls`, which never ends.
       loss_test: the newest `TestResult` of the slope of the losses; None for `ssls`.
+      controller: the `ControllerState`.
     """
 
     line_search_active: jax.Array
     step_size: jax.Array
     num_evaluations: jax.Array
-    losses: _window.Window | None
-    loss_test: TestResult | None
+    losses: _window.WindowState | None
+    loss_test: _stationarity.TestResult | None
+    controller: ControllerState
 
 
 class _Found(NamedTuple):
-    """What was seen of a mini-batch; scalars.
+    """What a step learnt from its mini-batch; scalars.
 
     Attributes:
       is_good: False if f(x_k) or the slope is not finite: such a step says nothing.
       is_search: whether a step size was searched for, and found.
-      ratio: of that step size to the rate.
+      ratio: that step size over the rate.
       has_loss: whether f(x_k) is known, and the step a good one.
       loss: f(x_k), or zero.
-      num_evaluations: of the loss.
+      num_evaluations: evaluations of the loss.
     """
 
     is_good: jax.Array
@@ -72,193 +166,229 @@ class _Found(NamedTuple):
     num_evaluations: jax.Array
 
 
-class _Batch(NamedTuple):
-    """The mini-batch at hand, as ``update`` was given it.
+@dataclasses.dataclass(eq=False)
+class _Objective:
+    """The loss of the mini-batch along a line, with coupled weight decay.
 
     Attributes:
       params: x_k.
-      grad: the gradient, without coupled weight decay.
-      direction: d, what the chain made of it; None where the search does not need it.
-      value_fn: the loss as a function of the parameters alone.
+      descent: p, which a step size multiplies.
+      slope: <g, p>, which is positive where the loss decreases; shape ().
       value: f(x_k), shape (), or None where it has to be evaluated.
-      axis_name: of the mesh axes over which the trees are sharded.
-      coupled_decay: lambda; the gradient then gets lambda * x_k, and the losses
-        (lambda/2) ||x||^2.
+      value_fn: the loss without decay, as a function of the parameters alone.
+      regularizer: (weight_decay/2) ||x||^2 as a function of the parameters.
     """
 
     params: optax.Params
-    grad: optax.Updates
-    direction: optax.Updates | None
-    value_fn: Callable[[optax.Params], Any]
+    descent: optax.Updates
+    slope: jax.Array
     value: jax.Array | None
-    coupled_decay: jax.typing.ArrayLike
-    axis_name: _tree.AxisName
+    value_fn: Callable[[optax.Params], Any]
+    regularizer: Callable[[optax.Params], Numeric]
 
-    def decayed_grad(self) -> optax.Updates:
-        return add_coupled_decay(self.grad, self.coupled_decay, self.params)
-
-    def descent(self) -> optax.Updates:
-        """What the step size multiplies."""
-        return self.decayed_grad() if self.direction is None else self.direction
-
-    def slope(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Of the loss against the descent, a decrease being positive; shape ()."""
-        return _tree.inner_product(
-            self.decayed_grad(), self.descent(), dtype, self.axis_name
-        )
-
-    def decay_loss(
-        self, params: optax.Params, dtype: jax.typing.DTypeLike
-    ) -> jax.typing.ArrayLike:
-        return coupled_decay_loss(self.coupled_decay, params, dtype, self.axis_name)
-
-
-def _loss(name: str, value: Any) -> jax.Array:
-    """``value``, which must be a real scalar."""
-    if isinstance(value, tuple | list | dict):
-        raise ValueError(
-            f"{name} must be a scalar, got a {type(value).__name__}: if the loss comes "
-            "with auxiliary output, give the loss alone."
-        )
-    loss = jnp.asarray(value)
-    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must be a floating-point scalar, got shape {loss.shape} and dtype "
-            f"{loss.dtype}."
-        )
-    return loss
+    def at(self, step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """f(x_k - step_size * p) and its rounding error."""
+        step = _tree.scale(-step_size, self.descent)
+        params = optax.apply_updates(self.params, step)
+        loss = _checks.loss("value_fn's result", self.value_fn(params))
+        rounding = float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)
+        wide = jax.lax.stop_gradient(loss).astype(step_size.dtype)
+        return wide + self.regularizer(params), rounding.astype(wide.dtype)
 
 
 def _own_arguments(
     value_fn: Callable[..., Any], extra_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """Those of the extra arguments that ``value_fn`` takes by name."""
+    """The extra arguments that ``value_fn`` takes by name."""
+    kinds = inspect.Parameter
     parameters = list(inspect.signature(value_fn).parameters.values())
+    by_name = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     # The first is for the parameters, whatever its name.
-    by_name = [p for p in parameters[1:] if p.kind in _BY_NAME]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        by_place = {p.name for p in parameters} - {p.name for p in by_name}
-        names = extra_args.keys() - by_place
-    else:
-        names = extra_args.keys() & {p.name for p in by_name}
+    named = {p.name for p in parameters[1:] if p.kind in by_name}
+    names = extra_args.keys() & named
+    if any(p.kind is kinds.VAR_KEYWORD for p in parameters):
+        names = extra_args.keys() - ({p.name for p in parameters} - named)
     return {name: extra_args[name] for name in names}
 
 
-def _default_smoothing(steps_per_epoch: int | None) -> float:
-    if steps_per_epoch is None:
-        return _DEFAULT_SMOOTHING
-    return _checks.static_integer("steps_per_epoch", steps_per_epoch, 1) ** -0.5
-
-
 @dataclasses.dataclass(kw_only=True, eq=False)
-class LineSearch:
-    """Finds the rate that a controller then tends.
+class SearchingController:
+    """Finds the rate that a `Controller` then tends.
 
-    With a test of the losses' slope the search ends when that finds no decrease, or
-    when the controller cuts the rate; without one it never does. The arguments are
-    those of `scale_by_ssls`, where they are described.
+    Attributes:
+      search: the options, with their defaults filled in.
+      controller: tends the rate at every step.
+      ends: whether the search ends when the losses no longer fall, or when the
+        controller cuts the rate.
     """
 
+    search: LineSearch
     controller: Controller
-    loss_test: SlopeTest | None
-    steps_per_epoch: int | None
-    smoothing: jax.typing.ArrayLike | None
-    sufficient_decrease: jax.typing.ArrayLike | None
-    increase_factor: jax.typing.ArrayLike
-    decrease_factor: jax.typing.ArrayLike
-    max_trials: jax.typing.ArrayLike
-    search_direction: str
-    search_interval: jax.typing.ArrayLike
-    max_learning_rate: jax.typing.ArrayLike | None
+    ends: bool
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.controller.learning_rate, allow_schedule=False)
-        if self.smoothing is None:
-            self.smoothing = _default_smoothing(self.steps_per_epoch)
-        _checks.number("smoothing", self.smoothing, "(0, 1]")
-        directions = tuple(_DEFAULT_SUFFICIENT_DECREASE)
-        _checks.choice("search_direction", self.search_direction, directions)
-        if self.sufficient_decrease is None:
-            default = _DEFAULT_SUFFICIENT_DECREASE[self.search_direction]
-            self.sufficient_decrease = default
-        _checks.number("sufficient_decrease", self.sufficient_decrease, "(0, 1)")
-        _checks.number("increase_factor", self.increase_factor, "[1, inf)")
-        _checks.number("decrease_factor", self.decrease_factor, "(0, 1)")
-        _checks.integer("max_trials", self.max_trials, 1)
-        _checks.integer("search_interval", self.search_interval, 1)
-        if self.max_learning_rate is not None:
-            most = self.max_learning_rate
-            _checks.number("max_learning_rate", most, "(0, inf)")
+        if self.search.max_learning_rate is not None:
             for name in ("learning_rate", "min_learning_rate"):
                 least = getattr(self.controller, name)
+                most = self.search.max_learning_rate
                 _checks.exceeds("max_learning_rate", most, name, least)
+        # As in the controller. Only what holds the user's own function is compiled
+        # anew at every step of a caller who does not compile it.
+        self._compiled = jax.jit(self._learn)
 
-    def init(self, params: optax.Params) -> ControllerState:
-        state = self.controller.init(params)
-        dtype = state.scale.dtype
-        ends = self.loss_test is not None
-        capacity = self.controller.max_window
-        line_search = LineSearchState(
+    def init(self, params: optax.Params) -> LineSearchState:
+        controller = self.controller.init(params)
+        dtype, capacity = controller.scale.dtype, self.controller.window.max_window
+        return LineSearchState(
             line_search_active=jnp.ones((), bool),
             step_size=jnp.zeros((), dtype),
             num_evaluations=jnp.zeros((), jnp.int32),
-            losses=_window.empty(1, capacity, dtype) if ends else None,
-            loss_test=no_test_yet(dtype) if ends else None,
+            losses=_window.empty(1, capacity, dtype) if self.ends else None,
+            loss_test=_stationarity.no_result(dtype) if self.ends else None,
+            controller=controller,
         )
-        return state._replace(line_search=line_search)
 
-    def _find(
-        self, batch: _Batch, rate: jax.Array, known: jax.Array | None, slope: jax.Array
+    def has_just_dropped(self, state: LineSearchState) -> jax.Array:
+        return self.controller.has_just_dropped(state.controller)
+
+    def step(
+        self,
+        direction: optax.Updates,
+        state: LineSearchState,
+        params: optax.Params,
+        extra: ExtraArgs,
+    ) -> Step:
+        """See `RateController`."""
+        extra = self._checked(extra)
+        base, rate = self.controller.rates(state.controller)
+        found = jax.lax.cond(
+            state.line_search_active,
+            lambda: self._look(direction, state, params, extra, rate),
+            lambda: self._rest(rate),
+        )
+        # Where losses come with searches only, each stands for the steps between.
+        steps_per_loss = self.search.interval if extra.value is None else 1
+        state = self._compiled(state, found, base, rate, steps_per_loss)
+        before = state.controller
+        direction, updates, after = self.controller.step(
+            direction, before, params, extra, found.is_good
+        )
+        goes_on = state.line_search_active & (after.num_drops == before.num_drops)
+        state = state._replace(line_search_active=goes_on, controller=after)
+        return direction, updates, state
+
+    def _checked(self, extra: ExtraArgs) -> ExtraArgs:
+        if extra.others.get("value_fn") is None:
+            raise ValueError(f"The line search needs `value_fn`: call {_CALL}")
+        if extra.grad is None:
+            raise ValueError(f"The line search needs `grad`: call {_CALL}")
+        if extra.value is None:
+            return extra
+        return extra._replace(value=_checks.loss("value", extra.value))
+
+    def _objective(
+        self,
+        direction: optax.Updates,
+        params: optax.Params,
+        extra: ExtraArgs,
+        dtype: jax.typing.DTypeLike,
+    ) -> _Objective:
+        # The search is no part of what is differentiated, nor can its loop be.
+        given: Any = (direction, params, extra.grad, extra.value)
+        direction, params, grad, value = jax.lax.stop_gradient(given)
+        decay, axis_name = extra.weight_decay, self.controller.axis_name
+        others = dict(extra.others)
+        value_fn = others.pop("value_fn")
+
+        def regularizer(params: optax.Params) -> Numeric:
+            return _decay.regularizer(decay, params, dtype, axis_name)
+
+        grad = _decay.decayed_grads(grad, decay, params)
+        descent = direction if self.search.direction == "update" else grad
+        if value is not None:
+            value = value.astype(dtype) + regularizer(params)
+        return _Objective(
+            params=params,
+            descent=descent,
+            slope=_tree.inner_products([(grad, descent)], dtype, axis_name)[0],
+            value=value,
+            value_fn=functools.partial(value_fn, **_own_arguments(value_fn, others)),
+            regularizer=regularizer,
+        )
+
+    def _look(
+        self,
+        direction: optax.Updates,
+        state: LineSearchState,
+        params: optax.Params,
+        extra: ExtraArgs,
+        rate: jax.Array,
     ) -> _Found:
+        """Searches, if a search is due at this step."""
+        objective = self._objective(direction, params, extra, rate.dtype)
+        interval = jnp.asarray(self.search.interval, jnp.int32)
+        return jax.lax.cond(
+            state.controller.step % interval == 0,
+            lambda: self._find(objective, rate),
+            lambda: self._rest(rate, objective.value, objective.slope),
+        )
+
+    def _rest(
+        self, rate: jax.Array, loss: jax.Array | None = None, slope: Numeric = 0.0
+    ) -> _Found:
+        """Takes the place of `_find` between two searches, and after they end."""
+        known = jnp.zeros_like(rate) if loss is None else loss
+        is_good = jnp.isfinite(slope) & jnp.isfinite(known)
+        return _Found(
+            is_good=is_good,
+            is_search=jnp.zeros((), bool),
+            ratio=jnp.ones_like(rate),
+            has_loss=is_good & (loss is not None),
+            loss=jnp.where(is_good, known, 0),
+            num_evaluations=jnp.zeros((), jnp.int32),
+        )
+
+    def _find(self, objective: _Objective, rate: jax.Array) -> _Found:
         """Tries step sizes from increase_factor * rate down, until one is accepted.
 
-        One loop, so that the loss is compiled once: its pass 0 evaluates f(x_k), and is
-        left out where that is known; pass n is the n-th trial.
+        There is one loop, so that the loss is compiled once. Its pass 0 evaluates
+        f(x_k), and is left out where that is known. Pass n is the n-th trial.
         """
-        dtype = rate.dtype
-        descent = batch.descent()
-        increase = jnp.asarray(self.increase_factor, dtype)
-        decrease = jnp.asarray(self.decrease_factor, dtype)
-        assert self.sufficient_decrease is not None
-        required = jnp.asarray(self.sufficient_decrease, dtype)
+        dtype, slope = rate.dtype, objective.slope
+        increase = jnp.asarray(self.search.increase_factor, dtype)
+        decrease = jnp.asarray(self.search.decrease_factor, dtype)
+        required = jnp.asarray(self.search.sufficient_decrease, dtype)
 
         def ratio(trial: jax.Array) -> jax.Array:
             return increase * decrease ** (trial - 1).astype(dtype)
 
-        def evaluate(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """The loss and its error of rounding."""
-            step = _tree.scale(-step_size, descent)
-            params = optax.apply_updates(batch.params, step)
-            loss = _loss("value_fn's result", batch.value_fn(params))
-            eps = float(jnp.finfo(loss.dtype).eps)
-            loss = jax.lax.stop_gradient(loss).astype(dtype)
-            return loss + batch.decay_loss(params, dtype), eps * jnp.abs(loss)
-
-        def go_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+        def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
             trial, _, is_good, accepted = carry
-            may_try = is_good & (slope > 0) & (trial <= self.max_trials) & ~accepted
-            return (trial == 0) | may_try
+            is_left = trial <= jnp.asarray(self.search.max_trials, jnp.int32)
+            return (trial == 0) | (is_good & (slope > 0) & is_left & ~accepted)
 
         def one_pass(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             trial, start, is_good, _ = carry
             is_start = trial == 0
             step_size = jnp.where(is_start, 0, ratio(trial) * rate)
-            loss, rounding = evaluate(step_size)
+            loss, rounding = objective.at(step_size)
             is_finite = jnp.isfinite(loss)
-            # A rise that the loss's own type cannot tell from none is none.
+            # A rise that the loss's own dtype cannot tell from none is none.
             bound = start - required * step_size * slope + rounding
             accepted = ~is_start & is_finite & (loss <= bound)
             start = jnp.where(is_start & is_finite, loss, start)
             return trial + 1, start, is_good & (is_finite | ~is_start), accepted
 
+        known = objective.value
         loss = jnp.zeros((), dtype) if known is None else known
-        is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
         first = jnp.asarray(0 if known is None else 1, jnp.int32)
+        is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
         start = jnp.where(is_good, loss, 0)
         trial, start, is_good, accepted = jax.lax.while_loop(
-            go_on, one_pass, (first, start, is_good, jnp.zeros((), bool))
+            goes_on, one_pass, (first, start, is_good, jnp.zeros((), bool))
         )
-        # The next one to try, or that before it if it was accepted.
+        # An accepted trial was the pass before. Otherwise the next is taken untried.
         found = ratio(jnp.where(accepted, trial - 1, trial))
         found = jnp.where(slope > 0, found, decrease)
         return _Found(
@@ -270,170 +400,52 @@ class LineSearch:
             num_evaluations=trial - first,
         )
 
-    def _rest(
-        self,
-        rate: jax.Array,
-        known: jax.Array | None = None,
-        slope: jax.typing.ArrayLike = 0.0,
-    ) -> _Found:
-        """In place of `_find`: between two searches, and when they have ended."""
-        loss = jnp.zeros_like(rate) if known is None else known
-        is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
-        return _Found(
-            is_good=is_good,
-            is_search=jnp.zeros((), bool),
-            ratio=jnp.ones_like(rate),
-            has_loss=is_good & (known is not None),
-            loss=jnp.where(is_good, loss, 0),
-            num_evaluations=jnp.zeros((), jnp.int32),
-        )
-
-    def _look(self, batch: _Batch, state: ControllerState) -> _Found:
-        """Searches, if one is due at this step."""
-        _, rate = self.controller.rates(state)
-        known = None
-        if batch.value is not None:
-            known = batch.value.astype(rate.dtype)
-            known += batch.decay_loss(batch.params, rate.dtype)
-        slope = batch.slope(rate.dtype)
-        is_due = state.step % jnp.asarray(self.search_interval, jnp.int32) == 0
-        return jax.lax.cond(
-            is_due,
-            lambda: self._find(batch, rate, known, slope),
-            lambda: self._rest(rate, known, slope),
-        )
-
-    def _smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
-        """The next rate, (1 - gamma) * rate + gamma * ratio * rate, within its bounds.
-
-        gamma is compounded: a search stands for the steps until the next.
-        """
-        dtype = rate.dtype
-        interval = jnp.asarray(self.search_interval, dtype)
-        kept = (1 - jnp.asarray(self.smoothing, dtype)) ** interval
-        # Neither the rate nor its square may overflow or vanish.
-        largest = float(jnp.finfo(dtype).max) ** 0.5
-        most = largest if self.max_learning_rate is None else self.max_learning_rate
-        smoothed = kept * rate + (1 - kept) * ratio * rate
-        return jnp.clip(
-            smoothed, jnp.asarray(1 / largest, dtype), jnp.asarray(most, dtype)
-        )
-
     def _learn(
-        self, state: ControllerState, found: _Found, steps_per_loss: jax.Array
-    ) -> ControllerState:
-        """Moves the rate towards the step size found, and judges the losses."""
-        base, rate = self.controller.rates(state)
-        search: LineSearchState = state.line_search
-        count = search.num_evaluations + found.num_evaluations
-        step_size = found.ratio * rate
-        scale = self._smoothed(rate, found.ratio) / base
-        search = search._replace(
-            step_size=jnp.where(found.is_search, step_size, search.step_size),
-            # The counter stays at its end rather than start again below zero.
-            num_evaluations=jnp.where(count < 0, search.num_evaluations, count),
-        )
-        return state._replace(
-            scale=jnp.where(found.is_search, scale, state.scale),
-            line_search=self._judge_losses(search, state, found, steps_per_loss),
-        )
-
-    def _judge_losses(
         self,
-        search: LineSearchState,
-        state: ControllerState,
+        state: LineSearchState,
         found: _Found,
+        base: jax.Array,
+        rate: jax.Array,
         steps_per_loss: jax.Array,
     ) -> LineSearchState:
-        """Ends the search where the losses no longer fall."""
-        if self.loss_test is None or search.losses is None:
-            return search
-        is_new = search.line_search_active & found.has_loss
-        losses = _window.push(search.losses, found.loss[None], is_new)
-        num_losses = self.controller.num_kept(losses)
-        min_samples = self.controller.samples_needed(losses, state.num_drops)
-        is_enough = (num_losses * steps_per_loss > min_samples) & (num_losses >= 4)
-        is_due = is_new & is_enough
-        step = jnp.asarray(optax.safe_increment(state.step))
-        assert search.loss_test is not None
-        result = test_if(
-            is_due,
-            self.loss_test,
-            search.loss_test,
-            losses,
-            num_losses,
-            step,
-            state.num_drops,
+        """Moves the rate towards the step size found, and judges the losses."""
+        count = state.num_evaluations + found.num_evaluations
+        scale = self.search.smoothed(rate, found.ratio) / base
+        old = state.controller.scale
+        controller = state.controller._replace(
+            scale=jnp.where(found.is_search, scale, old)
         )
-        ended = is_due & result.stationary
-        return search._replace(
-            line_search_active=search.line_search_active & ~ended,
+        step_size = jnp.where(found.is_search, found.ratio * rate, state.step_size)
+        state = state._replace(
+            step_size=step_size,
+            # The counter stays at its end instead of restarting below zero.
+            num_evaluations=jnp.where(count < 0, state.num_evaluations, count),
+            controller=controller,
+        )
+        return self._judge_losses(state, found, steps_per_loss) if self.ends else state
+
+    def _judge_losses(
+        self, state: LineSearchState, found: _Found, steps_per_loss: jax.Array
+    ) -> LineSearchState:
+        """Ends the search where the losses no longer fall."""
+        assert state.losses is not None
+        window, controller = self.controller.window, state.controller
+        window.check(state.losses)
+        is_new = state.line_search_active & found.has_loss
+        losses = _window.push(state.losses, found.loss[None], is_new)
+        num_losses, num_drops = window.num_kept(losses), controller.num_drops
+        needed = window.samples_needed(num_drops, self.controller.factor)
+        is_enough = (num_losses * steps_per_loss > needed) & (num_losses >= 4)
+        step = jnp.asarray(optax.safe_increment(controller.step))
+        assert state.loss_test is not None
+        result = _stationarity.judge_if(
+            is_new & is_enough,
+            state.loss_test,
+            *(self.search.loss_test, losses, num_losses, step, num_drops),
+        )
+        has_ended = is_new & is_enough & result.stationary
+        return state._replace(
+            line_search_active=state.line_search_active & ~has_ended,
             losses=losses,
             loss_test=result,
         )
-
-    def _batch(
-        self,
-        updates: optax.Updates,
-        params: optax.Params,
-        grad: optax.Updates | None,
-        value: jax.typing.ArrayLike | None,
-        value_fn: Callable[..., Any] | None,
-        coupled_decay: jax.typing.ArrayLike,
-        extra_args: dict[str, Any],
-    ) -> _Batch:
-        if value_fn is None:
-            raise ValueError(f"The line search needs `value_fn`: call {_CALL}")
-        if grad is None:
-            raise ValueError(f"The line search needs `grad`: call {_CALL}")
-        along = updates if self.search_direction == "update" else None
-        known = None if value is None else _loss("value", value)
-        # The search is no part of what is differentiated; nor could a loop be.
-        params, grad, along, known = jax.lax.stop_gradient((params, grad, along, known))
-        own_arguments = _own_arguments(value_fn, extra_args)
-        value_of = functools.partial(value_fn, **own_arguments)
-        axis_name = self.controller.axis_name
-        return _Batch(params, grad, along, value_of, known, coupled_decay, axis_name)
-
-    def transformation(self) -> optax.GradientTransformationExtraArgs:
-        # As the controller compiles itself: so that only what holds the user's own
-        # function is compiled anew at every step that is not compiled.
-        learn = jax.jit(self._learn)
-
-        def update(
-            updates: optax.Updates,
-            state: ControllerState,
-            params: optax.Params | None = None,
-            *,
-            grad: optax.Updates | None = None,
-            value: jax.typing.ArrayLike | None = None,
-            value_fn: Callable[..., Any] | None = None,
-            coupled_decay: jax.typing.ArrayLike = 0.0,
-            with_direction: bool = False,
-            **extra_args: Any,
-        ) -> tuple[optax.Updates, ControllerState]:
-            params = _checks.params(params, "The line search")
-            batch = self._batch(
-                updates, params, grad, value, value_fn, coupled_decay, extra_args
-            )
-            rate = self.controller.rates(state)[1]
-            found = jax.lax.cond(
-                state.line_search.line_search_active,
-                lambda: self._look(batch, state),
-                lambda: self._rest(rate),
-            )
-            # Where losses come with searches only, each stands for the steps between.
-            steps_per_loss = self.search_interval if value is None else 1
-            state = learn(state, found, jnp.asarray(steps_per_loss, jnp.int32))
-            num_drops = state.num_drops
-            updates, direction, state = self.controller.step(
-                updates, state, params, grad, value, found.is_good
-            )
-            # A drop ends the search.
-            search: LineSearchState = state.line_search
-            is_active = search.line_search_active & (state.num_drops == num_drops)
-            search = search._replace(line_search_active=is_active)
-            state = state._replace(line_search=search)
-            return (updates, direction) if with_direction else updates, state
-
-        return _types.transformation(self.init, update)

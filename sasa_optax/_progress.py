@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _average, _checks, _tree, _types
+from sasa_optax import _average, _checks, _cpu_schedule, _tree, _types
 from sasa_optax._statistics import dissipation
+from sasa_optax._types import AxisName, Numeric
 
 _LEAK_RATIO = 8
 
@@ -16,11 +17,11 @@ class ProgressState(NamedTuple):
     """An average of the iterates, and how far the newest is from it.
 
     Attributes:
-      progress: R, shape (), float32, or float64 where a parameter is. One until
+      progress: R, shape (), float32, or float64 where a parameter is. It is one until
         something has moved.
-      walks: B of each leaf that is averaged, the squared distance from the average
-        that a random walk of the same updates would have; shape (leaves,), of the
-        dtype of ``progress``.
+      walks: B of each leaf that is averaged, the squared distance from the average that
+        a random walk of the same updates would have; shape (leaves,), in the dtype of
+        ``progress``.
       num_walked: steps since the walks began, shape (), int32.
       average: the `AverageState` that `averaged_params` returns.
     """
@@ -41,63 +42,57 @@ def start(params: optax.Params, dtype: jnp.dtype | None) -> ProgressState:
     )
 
 
-def weight(average: _average.AverageState, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The weight of the next iterate in the average, one over its horizon."""
-    horizon = _average.DEFAULT_MIN_HORIZON
-    return _average.weight(average, _LEAK_RATIO, horizon, dtype)
+def weight(state: ProgressState) -> jax.Array:
+    """The weight of the next iterate in the average, one over the horizon."""
+    return _average.weight(state.average, _LEAK_RATIO, dtype=state.progress.dtype)
 
 
 def step(
     updates: optax.Updates,
     state: ProgressState,
     params: optax.Params,
-    *,
-    momentum: jax.typing.ArrayLike,
-    axis_name: _tree.AxisName,
+    momentum: Numeric,
+    axis_name: AxisName,
     scale: jax.Array | None = None,
     returns: jax.Array | None = None,
 ) -> tuple[optax.Updates, ProgressState]:
-    """The updates times ``scale``, or back to the average where ``returns`` is true.
+    """Measures the step, whose updates may be changed first.
 
-    After a return the walk begins anew.
+    The updates are multiplied by ``scale``. Where ``returns`` is true, they go back to
+    the average instead, and the walks begin anew.
     """
     centre, dtype = state.average.averaged, state.progress.dtype
 
     def moved(updates: Any, params: Any, centre: Any) -> tuple[Any, Any]:
         if returns is not None:
             updates = _returned(returns, updates, params, centre)
-        # As the caller will compute them, so that XLA merges the two.
+        # XLA merges this with the caller's own computation of the same.
         return updates, optax.apply_updates(params, updates)
 
-    def sums(updates: Any, params: Any, centre: Any) -> list[jax.Array]:
-        # Of what is scaled, not of what is applied: that would read the old parameters.
-        # They differ where the walk begins anew.
+    def products(updates: Any, trees: Any) -> _cpu_schedule.Rows:
+        params, centre = trees
         offset = _tree.subtract(moved(updates, params, centre)[1], centre)
+        # The lengths are those before a return, which would read the old parameters.
+        # After a return the walks begin anew, so they do not matter.
         offset, updates = _inexact(offset), _inexact(updates)
-        pairs = [(offset, offset), (updates, updates)]
-        return _tree.leaf_products(pairs, dtype, axis_name)
+        return _tree.leaf_products([(offset, offset), (updates, updates)], dtype)
 
-    of_new = weight(state.average, dtype)
     if scale is not None:
         updates = _scaled(scale, updates)
-    updates, always = _tree.in_sequence(
-        updates,
-        [params, centre],
-        lambda *lists: [jnp.sum(x) for x in sums(*lists)],
-        of_new,
-        state.average.num_averaged,
+    updates, rows = _cpu_schedule.in_groups(
+        updates, (params, centre), products, state.average.num_averaged, dtype
     )
-    distances, lengths = jax.lax.stop_gradient(sums(updates, params, centre))
+    rows = jax.lax.stop_gradient(_tree.sum_over(axis_name, rows))
+    distances, lengths = (jnp.array(row, dtype) for row in rows)
     updates, new_params = moved(updates, params, centre)
-    progress, walks = _measured(state, distances, lengths, of_new, momentum, always)
+    of_new = weight(state)
+    progress, walks = _measured(state, distances, lengths, of_new, momentum)
     num_walked = jnp.asarray(optax.safe_increment(state.num_walked))
+    average = _average.push(state.average, new_params, of_new)
     if returns is not None:
         progress = jnp.where(returns, state.progress, progress)
-        walks, num_walked = (
-            jnp.where(returns, 0, walks),
-            jnp.where(returns, 0, num_walked),
-        )
-    average = _average.push(state.average, new_params, of_new)
+        walks = jnp.where(returns, 0, walks)
+        num_walked = jnp.where(returns, 0, num_walked)
     return updates, ProgressState(progress, walks, num_walked, average)
 
 
@@ -108,7 +103,7 @@ def _inexact(tree: Any) -> list[jax.Array]:
 
 
 def _scaled(scale: jax.Array, updates: optax.Updates) -> optax.Updates:
-    def multiply(u: jax.typing.ArrayLike) -> Any:
+    def multiply(u: Numeric) -> Any:
         is_inexact = jnp.issubdtype(jnp.asarray(u).dtype, jnp.inexact)
         return _tree.scale(scale, u) if is_inexact else u
 
@@ -121,7 +116,9 @@ def _returned(
     params: optax.Params,
     centre: optax.Params,
 ) -> optax.Updates:
-    def choose(u: jax.Array, x: jax.typing.ArrayLike, c: jax.Array) -> jax.Array:
+    """The updates, or the way to the average where ``returns`` is true."""
+
+    def choose(u: jax.Array, x: Numeric, c: jax.Array) -> jax.Array:
         back = c - jnp.asarray(x).astype(c.dtype)
         return jnp.where(returns, back.astype(u.dtype), u)
 
@@ -131,20 +128,19 @@ def _returned(
 def _measured(
     state: ProgressState,
     distances: jax.Array,
-    moved: jax.Array,
+    lengths: jax.Array,
     weight: jax.Array,
-    momentum: jax.typing.ArrayLike,
-    always: jax.Array,
+    momentum: Numeric,
 ) -> tuple[jax.Array, jax.Array]:
     """Progress and the walks after a step, from its squared lengths by leaf.
 
-    The distances are from the average before the step; from the one after it they are
-    what is kept of them.
+    The distances are from the average before the step. The average moves by ``weight``
+    times the distance, which leaves (1 - weight)^2 of its square.
     """
     kept = (1 - weight) ** 2
     factor = jnp.asarray(dissipation(momentum, 1.0), weight.dtype)
-    walks = kept * (state.walks + factor * moved)
-    is_good = always & jnp.all(jnp.isfinite(distances) & jnp.isfinite(walks))
+    walks = kept * (state.walks + factor * lengths)
+    is_good = jnp.all(jnp.isfinite(distances) & jnp.isfinite(walks))
     walks = jnp.where(is_good, walks, state.walks)
     has_moved = walks > 0
     ratios = jnp.where(has_moved, kept * distances / jnp.where(has_moved, walks, 1), 0)
@@ -154,16 +150,16 @@ def _measured(
 
 
 def measure_progress(
-    momentum: jax.typing.ArrayLike = 0.9,
+    momentum: Numeric = 0.9,
     *,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
     dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> _types.Optimizer:
     r"""Averages the iterates, measures progress, and leaves the updates alone.
 
-    Last in any chain, for those who want to look before they let
-    `adapt_on_progress` set the rate. It keeps the average c of `average_iterates`,
-    whose horizon is h = max(32, k/8), and for each leaf of the parameters
+    Put it last in any chain to look at progress before you let `adapt_on_progress` set
+    the rate. It keeps the average c of `average_iterates`, whose horizon is
+    h = max(32, k/8), and for each leaf of the parameters
 
     .. math::
 
@@ -177,19 +173,18 @@ def measure_progress(
 
       R = \|x_{k+1} - c\|^2 / B,
 
-    the squared distance from the average beside that of a random walk. It has no unit.
-    It is 1 where updates are noise around nothing, and the relaxation time over the
-    horizon around an optimum. On a straight line it grows with the horizon, from k/D
-    in the first steps to 1.7 h/D. As it begins at nearly nothing, read it from some 64
-    steps on. See docs/progress.md.
+    the squared distance from the average over that of a random walk. It has no unit. It
+    is 1 where the updates are pure noise. Around an optimum it is the relaxation time
+    over the horizon. On a straight line it grows with the horizon, from k/D in the
+    first steps to 1.7 h/D. It starts near zero there, so read it after some 64 steps.
+    See docs/progress.md.
 
     Args:
       momentum: beta, in [0, 1), of the direction: ``b1`` of Adam, 0 for RMSprop and
         Adafactor, 0.97 for Lion. Default 0.9.
-      axis_name: inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-        the parameters are sharded: the sums are then over it, by one all-reduce. Not
-        needed under jit, nor where parameters are replicated. Default None.
-      dtype: to keep the average in, as in `average_iterates`. Default None.
+      axis_name: the mesh axis, or a tuple of them, over which the parameters are
+        sharded inside `jax.shard_map`, as in `scale_by_sasa_plus`. Default None.
+      dtype: the dtype of the average, as in `average_iterates`. Default None.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `ProgressState`;
@@ -227,7 +222,7 @@ def measure_progress(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProgressState]:
         del extra_args
-        params = _checks.params(params, "Progress")
-        return step(updates, state, params, momentum=momentum, axis_name=axis_name)
+        params = _checks.params(params)
+        return step(updates, state, params, momentum, axis_name)
 
     return _types.transformation(init, update)

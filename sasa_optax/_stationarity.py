@@ -1,19 +1,20 @@
 """What is decided: has the mean of the recorded statistic settled?
 
-A test is a function from `Samples` to a `TestResult`, called inside jit with the window
-at its full capacity and the number of samples in it as a traced value.
+A test is a function from `Samples` to a `TestResult`. It is called inside jit with the
+window at its full capacity, and with the number of samples in it as a traced value.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sasa_optax import _checks
+from sasa_optax import _checks, _types, _window
+from sasa_optax._conditional import cond
 from sasa_optax._student_t import student_t_cdf, student_t_quantile
+from sasa_optax._types import Numeric
 
 
 class Samples(NamedTuple):
@@ -21,7 +22,7 @@ class Samples(NamedTuple):
 
     Attributes:
       values: the samples, oldest first, then zeros; shape (max_window,).
-      scales: their scales, likewise; None where the test says ``uses_scale = False``.
+      scales: their scales, likewise; None if the test has ``uses_scale = False``.
       num_samples: how many there are, shape (), int32; at least 4.
       step: the step of the newest sample, counted from 1, shape (), int32.
       num_drops: how often the rate was cut before, shape (), int32.
@@ -35,10 +36,10 @@ class Samples(NamedTuple):
 
 
 class TestResult(NamedTuple):
-    """The outcome of a test; in an optimizer's state, of the newest.
+    """The outcome of a test. An optimizer's state holds the newest.
 
     Attributes:
-      step: the step at which it ran, counted from 1; 0 if none has run. int32.
+      at_step: the step at which the test ran, counted from 1; 0 if none has run. int32.
       mean: the mean of the samples (for the slope test, the slope).
       lower: the lower end of its confidence interval.
       upper: the upper end.
@@ -47,23 +48,29 @@ class TestResult(NamedTuple):
       stationary: whether progress has stopped. bool.
 
     All have shape (); those without a dtype here are float32, or float64 where a
-    parameter is. A test of your own may leave out ``step`` and ``num_samples``, which
-    the controller fills in.
+    parameter is. A test of your own may leave out ``at_step`` and ``num_samples``,
+    which the controller fills in.
     """
 
-    step: jax.typing.ArrayLike = 0
-    mean: jax.typing.ArrayLike = 0.0
-    lower: jax.typing.ArrayLike = 0.0
-    upper: jax.typing.ArrayLike = 0.0
-    p_value: jax.typing.ArrayLike = 1.0
-    num_samples: jax.typing.ArrayLike = 0
-    stationary: jax.typing.ArrayLike = False
+    at_step: Numeric = 0
+    mean: Numeric = 0.0
+    lower: Numeric = 0.0
+    upper: Numeric = 0.0
+    p_value: Numeric = 1.0
+    num_samples: Numeric = 0
+    stationary: Numeric = False
 
-    # Tell pytest that this is no test class, whatever its name.
+    # Without this, pytest takes it for a test class.
     __test__ = False
+
+    @property
+    def step(self) -> Numeric:
+        """The same as ``at_step``."""
+        return self.at_step
 
 
 StationarityTest = Callable[[Samples], TestResult]
+TestName = Literal["zero_mean", "equivalence", "slope"]
 
 
 class MeanEstimate(NamedTuple):
@@ -78,12 +85,10 @@ def _in_window(values: jax.Array, num_samples: jax.Array) -> jax.Array:
     return jnp.arange(values.size, dtype=jnp.int32) < num_samples
 
 
-def _mean(
-    values: jax.Array, stop: jax.Array, start: jax.typing.ArrayLike = 0
-) -> jax.Array:
-    """Of the values from ``start`` to ``stop``."""
-    # Relative to the first value, so that the mean of a constant is exactly that, and
-    # values that do not vary are seen not to.
+def _mean(values: jax.Array, stop: jax.Array, start: Numeric = 0) -> jax.Array:
+    """The mean of the values from ``start`` to ``stop``."""
+    # Offsets from the first value make the mean of a constant exact, so that samples
+    # that do not vary are recognised.
     mask = _in_window(values, stop) & ~_in_window(values, jnp.asarray(start))
     offsets = jnp.where(mask, values - values[0], 0)
     count = jnp.maximum(stop - start, 1).astype(values.dtype)
@@ -105,7 +110,7 @@ def _batch_means(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array
     batch = _integer_sqrt(n)
     num_batches = n // batch
     largest = math.isqrt(centred.size)
-    # One row a batch, so that each sum is over a contiguous row, in a fixed order.
+    # Each batch is a row, so each sum runs over a contiguous row in a fixed order.
     row = jnp.arange(largest + 2, dtype=jnp.int32)[:, None]
     column = jnp.arange(largest, dtype=jnp.int32)[None, :]
     used = (row < num_batches) & (column < batch)
@@ -151,13 +156,13 @@ def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstima
           n b / ((n - b + 1) (n - b)) * sum((Y_i - m)^2), n - b degrees of freedom.
 
     Returns:
-      A `MeanEstimate` of scalars. Where fewer than four samples are there, all its
-      fields are finite, but mean nothing.
+      A `MeanEstimate` of scalars. With fewer than four samples, its fields are
+      finite but mean nothing.
 
     Raises:
       ValueError: if ``variance`` is none of these.
     """
-    _checks.choice("variance", variance, tuple(_VARIANCES))
+    _checks.choice("variance", variance, _VARIANCES)
     n = jnp.maximum(samples.num_samples, 4)
     mask = _in_window(samples.values, n)
     mean = _mean(samples.values, n)
@@ -175,45 +180,55 @@ def _two_sided_p_value(distance: jax.Array, estimate: MeanEstimate) -> jax.Array
     return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), estimate.dof), 1)
 
 
-def _half_width(significance: jax.typing.ArrayLike, e: MeanEstimate) -> jax.Array:
+def _half_width(significance: Numeric, e: MeanEstimate) -> jax.Array:
     tail = jnp.asarray(significance, e.mean.dtype) / 2
     return -student_t_quantile(tail, e.dof) * e.standard_error
 
 
-@dataclasses.dataclass(frozen=True)
+def _check_samples(test: Any, samples: Any) -> None:
+    if not isinstance(samples, Samples):
+        raise TypeError(
+            f"{test!r} judges sasa_optax.Samples, got {samples!r}. Under "
+            "optax.inject_hyperparams, name `test` in static_args: it takes functions "
+            "for schedules."
+        )
+
+
+@_types.options("variance")
 class ZeroMeanTest:
     """The test of SASA+: could the mean of the statistic be zero?
 
-    Stationary if zero lies in the confidence interval of the window's mean, and the
-    older and the newer half of the window (split at floor(n/2)) have means of the same
-    sign. Until the first drop, the interval around the mean of each half must hold
-    zero as well. ``p_value`` is that of the hypothesis that the mean is zero, so a
-    stationary window has a large one. A window without any variation says nothing,
-    and is not stationary.
+    The dynamics count as stationary if zero lies in the confidence interval of the
+    window's mean, and the means of the older and the newer half of the window (split at
+    floor(n/2)) have the same sign. Until the first drop, the interval around the mean
+    of each half must hold zero as well. ``p_value`` is that of the hypothesis that the
+    mean is zero, so a stationary window has a large one. A window without any variation
+    says nothing, and is not stationary.
 
     A short or noisy window has a wide interval, which holds zero though the mean is far
-    from it. With ``delta``, an interval counts only once it is narrow: its half-width
-    must be below delta * v, with v the window's mean scale. It then takes as many
-    samples as the dynamics ask for, and more after each drop.
+    from it. With ``delta``, an interval counts only if it is narrow: its half-width
+    must be below delta * v, where v is the window's mean scale. The test then takes as
+    many samples as the dynamics ask for, and more after each drop.
 
     Attributes:
       significance: s in (0, 1); the interval's confidence is 1 - s. Default 0.05.
-      variance: see `estimate_mean`. Default "batch_means".
-      delta: how wide an interval may be, in (0, inf), or None, the default, for any
-        width. For `master_statistic` at momentum 0.9 take 5; its scale is
-        (1 + momentum)/(1 - momentum) times smaller than that of the fluctuations.
+      variance: ``"iid"``, ``"batch_means"`` or ``"overlapping_batch_means"``; see
+        `estimate_mean`. Default "batch_means".
+      delta: how wide an interval may be, in (0, inf), as a share of the gradient's
+        noise. With 0.25, a window too short to see the dynamics makes no drop (see
+        docs/validity.md). Default None: any width.
 
     Raises:
-      ValueError: at construction, if an argument is out of range.
+      ValueError: at construction, if a field is out of range.
     """
 
-    significance: jax.typing.ArrayLike = 0.05
+    significance: Numeric = 0.05
     variance: str = "batch_means"
-    delta: jax.typing.ArrayLike | None = None
+    delta: Numeric | None = None
 
     def __post_init__(self) -> None:
         _checks.number("significance", self.significance, "(0, 1)")
-        _checks.choice("variance", self.variance, tuple(_VARIANCES))
+        _checks.choice("variance", self.variance, _VARIANCES)
         if self.delta is not None:
             _checks.number("delta", self.delta, "(0, inf)")
 
@@ -221,9 +236,7 @@ class ZeroMeanTest:
     def uses_scale(self) -> bool:
         return self.delta is not None
 
-    def _is_narrow(
-        self, half_width: jax.Array, samples: Samples
-    ) -> jax.typing.ArrayLike:
+    def _is_narrow(self, half_width: jax.Array, samples: Samples) -> Numeric:
         if self.delta is None:
             return True
         assert samples.scales is not None
@@ -231,6 +244,7 @@ class ZeroMeanTest:
         return half_width < jnp.asarray(self.delta, scale.dtype) * scale
 
     def __call__(self, samples: Samples) -> TestResult:
+        _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
         half_width = _half_width(self.significance, estimate)
         half = samples.num_samples // 2
@@ -257,38 +271,39 @@ class ZeroMeanTest:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@_types.options("variance")
 class EquivalenceTest:
     """The test of SASA: is the mean of the statistic negligible beside its scale?
 
-    Stationary if the confidence interval of the window's mean lies inside
-    (-delta * v, delta * v), with v the window's mean scale. It asks for positive
-    evidence: a window too short or too noisy does not pass. ``p_value`` is that of the
-    hypothesis that the mean is *not* negligible, so a stationary window has a small
-    one. A window without any variation says nothing, and is not stationary.
+    The dynamics count as stationary if the confidence interval of the window's mean
+    lies inside (-delta * v, delta * v), where v is the window's mean scale. The test
+    asks for positive evidence: a window too short or too noisy does not pass.
+    ``p_value`` is that of the hypothesis that the mean is *not* negligible, so a
+    stationary window has a small one. A window without any variation says nothing, and
+    is not stationary.
 
     Attributes:
-      delta: the tolerance, in (0, inf). Default 0.02, for the scale of
-        `yaida_statistic`; that of `master_statistic` is (1 + momentum)/(1 - momentum)
-        times smaller, so it asks for a larger one.
+      delta: the tolerance, in (0, inf), as a share of the gradient's noise, which is
+        the scale of every statistic here. Default 0.02, that of SASA's authors.
       significance: s in (0, 1); the interval's confidence is 1 - s. Default 0.2.
-      variance: see `estimate_mean`. Default "batch_means".
+      variance: as in `ZeroMeanTest`. Default "batch_means".
 
     Raises:
-      ValueError: at construction, if an argument is out of range.
+      ValueError: at construction, if a field is out of range.
     """
 
-    delta: jax.typing.ArrayLike = 0.02
-    significance: jax.typing.ArrayLike = 0.2
+    delta: Numeric = 0.02
+    significance: Numeric = 0.2
     variance: str = "batch_means"
-    uses_scale = True
+    uses_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.number("delta", self.delta, "(0, inf)")
         _checks.number("significance", self.significance, "(0, 1)")
-        _checks.choice("variance", self.variance, tuple(_VARIANCES))
+        _checks.choice("variance", self.variance, _VARIANCES)
 
     def __call__(self, samples: Samples) -> TestResult:
+        _check_samples(self, samples)
         assert samples.scales is not None
         estimate = estimate_mean(samples, self.variance)
         half_width = _half_width(self.significance, estimate)
@@ -305,38 +320,41 @@ class EquivalenceTest:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@_types.options("log_steps")
 class SlopeTest:
     """The test of SLOPE: has the recorded value (the loss) stopped falling?
 
-    Fits a line to the window by least squares. With t = r sqrt((n - 2) / (1 - r^2)),
-    still decreasing if P(T_{n-2} < t) < s; otherwise progress has stopped. ``mean``,
-    ``lower`` and ``upper`` are the slope per step and its interval of confidence
-    1 - s; ``p_value`` is P(T_{n-2} < t), small while the value falls. A window without
-    any variation says nothing, and is not stationary.
+    It fits a line to the window by least squares. With t = r sqrt((n - 2) / (1 - r^2)),
+    where r is the correlation of the n values and their steps, the value is still
+    falling if P(T_{n-2} < t) < s; otherwise progress has stopped. ``mean``, ``lower``
+    and ``upper`` are the slope per step and its interval of confidence 1 - s;
+    ``p_value`` is P(T_{n-2} < t), small while the value falls. A window without any
+    variation says nothing, and is not stationary.
 
     Attributes:
       significance: s in (0, 1). Default 0.05.
-      log_steps: regress on the logarithm of the step instead. Default False.
+      log_steps: whether to regress on the logarithm of the step. Default False.
 
     Raises:
-      ValueError: at construction, if an argument is out of range.
+      ValueError: at construction, if a field is out of range.
     """
 
-    significance: jax.typing.ArrayLike = 0.05
+    significance: Numeric = 0.05
     log_steps: bool = False
-    uses_scale = False
+    uses_scale: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.number("significance", self.significance, "(0, 1)")
+        _checks.boolean("log_steps", self.log_steps)
 
     def __call__(self, samples: Samples) -> TestResult:
+        _check_samples(self, samples)
         dtype = samples.values.dtype
         n = jnp.maximum(samples.num_samples, 4)
         mask = _in_window(samples.values, n)
         x = jnp.arange(samples.values.size, dtype=jnp.int32).astype(dtype)
         if self.log_steps:
-            # log(first + x) less log(first): the digits that differ late in a run.
+            # log(first + x) - log(first) keeps the digits that differ late in a run.
             first = jnp.maximum(samples.step - n + 1, 1)
             x = jnp.log1p(x / first.astype(dtype))
         x = jnp.where(mask, x - _mean(x, n), 0)
@@ -347,9 +365,8 @@ class SlopeTest:
         # The smallest normal number stands for the zero residual of a perfect line.
         residual = jnp.maximum(syy - slope * sxy, jnp.finfo(dtype).tiny)
         standard_error = jnp.sqrt(residual) / jnp.sqrt(dof * sxx)
-        half_width = _half_width(
-            self.significance, MeanEstimate(slope, standard_error, dof)
-        )
+        estimate = MeanEstimate(slope, standard_error, dof)
+        half_width = _half_width(self.significance, estimate)
         p_value = student_t_cdf(slope / standard_error, dof)
         return TestResult(
             mean=slope,
@@ -358,3 +375,68 @@ class SlopeTest:
             p_value=p_value,
             stationary=(p_value >= self.significance) & (syy > 0),
         )
+
+
+_NAMED = {
+    "zero_mean": ZeroMeanTest,
+    "equivalence": EquivalenceTest,
+    "slope": SlopeTest,
+}
+
+
+def as_test(test: TestName | StationarityTest) -> StationarityTest:
+    """The test that was named or given."""
+    if callable(test):
+        return test
+    _checks.choice("test", test, _NAMED, "a function from Samples to TestResult")
+    return _NAMED[test]()
+
+
+def uses_scale(test: StationarityTest) -> bool:
+    """Whether a test reads the scales. A function without that attribute gets them."""
+    return getattr(test, "uses_scale", True)
+
+
+def no_result(dtype: jax.typing.DTypeLike) -> TestResult:
+    """The newest result before the first test."""
+    floats = {name: jnp.zeros((), dtype) for name in ("mean", "lower", "upper")}
+    return TestResult(
+        at_step=jnp.zeros((), jnp.int32),
+        p_value=jnp.ones((), dtype),
+        num_samples=jnp.zeros((), jnp.int32),
+        stationary=jnp.zeros((), bool),
+        **floats,
+    )
+
+
+def judge(
+    test: StationarityTest,
+    window: _window.WindowState,
+    num_samples: jax.Array,
+    step: jax.Array,
+    num_drops: jax.Array,
+) -> TestResult:
+    """What the test says of the newest ``num_samples``, in the dtypes of the state."""
+    rows = _window.contents(window, num_samples)
+    scales = rows[1] if len(rows) == 2 else None
+    result = test(Samples(rows[0], scales, num_samples, step, num_drops))
+    if not isinstance(result, TestResult):
+        raise TypeError(f"test must return a TestResult, got {result!r} from {test!r}.")
+    floats = {
+        name: _checks.scalar(f"TestResult.{name}", getattr(result, name), rows.dtype)
+        for name in ("mean", "lower", "upper", "p_value")
+    }
+    # A result that is not finite says nothing, and is kept out of the state.
+    is_finite = jnp.all(jnp.isfinite(jnp.stack(list(floats.values()))))
+    stationary = _checks.scalar("TestResult.stationary", result.stationary, bool)
+    return TestResult(
+        at_step=step,
+        num_samples=num_samples,
+        stationary=is_finite & stationary,
+        **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+    )
+
+
+def judge_if(is_due: jax.Array, last: TestResult, *arguments: Any) -> TestResult:
+    """The newest result: that of `judge` with these arguments if one is due."""
+    return cond(is_due, lambda: judge(*arguments), lambda: last)

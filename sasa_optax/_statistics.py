@@ -1,20 +1,25 @@
-"""What is recorded at each step: one number whose mean is zero at stationarity.
+"""What is recorded at each step: a number whose mean is zero at stationarity.
 
-A statistic is a function from a `Transition` to a `Sample`. Under jit it costs what it
-reads: the trees that it leaves alone are never computed. It may have an attribute
-``pairs``, a function from a `Transition` to the pairs of trees whose inner products it
-takes, of which one is the direction: on a CPU the step is then arranged around these.
+A `Statistic` is a triple of functions, which may keep a state of its own. A plain
+function from `Transition` to `Sample` is a statistic as well.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _tree
+from sasa_optax import _average, _checks, _decay, _tree
+from sasa_optax._types import AxisName, Numeric
+
+# A centre over less than the newest half of the iterates follows the drift that it is
+# to show.
+_CENTRE_LEAK_RATIO = 2
+# With 3, nothing counts as stationary unless the lag is less than a third of the noise:
+# not before the horizon of the centre is three relaxation times.
+_LAG_PENALTY = 3.0
 
 
 class Transition(NamedTuple):
@@ -25,19 +30,14 @@ class Transition(NamedTuple):
         parameter before its update in place; prefer ``new_params``.
       new_params: x_{k+1}, the parameters after the step.
       direction: d_k, before the learning rate and the minus sign.
-      grad: the gradient, without coupled weight decay; where the transformation is
-        chained after others, the extra argument ``grad``, or ``direction`` if there is
-        none.
+      grad: the gradient without coupled weight decay. Where the transformation is
+        chained after others, it is the extra argument ``grad``, or ``direction`` if
+        there is none.
       learning_rate: the rate of this step, shape (), in the dtype of statistics:
         float64 if a parameter is double precision, else float32.
       value: the extra argument ``value`` of ``update`` (the loss), or None.
-      axis_name: of the mesh axes over which the trees are sharded, inside
-        `jax.shard_map`; the methods here sum over them.
-      centre: c_k, the average over about the newest half of the iterates up to x_k; of
-        at least float32. None unless the statistic has an attribute ``uses_centre``
-        that is true, as it takes a copy of the parameters.
-      centre_weight: epsilon_k, with which x_{k+1} will enter it, c_{k+1} = c_k +
-        epsilon_k (x_{k+1} - c_k); shape (), in the dtype of statistics.
+      axis_name: the mesh axes over which the trees are sharded inside `jax.shard_map`.
+        The methods here sum over them.
     """
 
     params: optax.Params
@@ -45,15 +45,13 @@ class Transition(NamedTuple):
     direction: optax.Updates
     grad: optax.Updates
     learning_rate: jax.Array
-    value: jax.typing.ArrayLike | None
-    axis_name: str | tuple[str, ...] | None = None
-    centre: optax.Params | None = None
-    centre_weight: jax.Array | None = None
+    value: Numeric | None
+    axis_name: AxisName = None
 
     def inner_products(
         self, *pairs: tuple[optax.Params, optax.Params]
     ) -> list[jax.Array]:
-        """`inner_product` of each pair, by one collective where one is needed."""
+        """`inner_product` of each pair, in one collective where one is needed."""
         return _tree.inner_products(pairs, self.learning_rate.dtype, self.axis_name)
 
     def inner_product(self, x: optax.Params, y: optax.Params) -> jax.Array:
@@ -70,72 +68,125 @@ class Sample(NamedTuple):
 
     Attributes:
       value: the number that a test judges, shape ().
-      scale: the yardstick of the equivalence test, shape (): the mean of ``value`` is
-        negligible when it is small beside the mean of ``scale``.
+      scale: the yardstick, shape (). The mean of ``value`` is negligible when it is
+        small beside the mean of ``scale``. In this library the yardstick estimates the
+        gradient's noise, v_k = (alpha/2) D ||d_k||^2. The dissipation D is
+        (1 + beta)/(1 - beta) for normalised momentum, and 1 for none.
     """
 
-    value: jax.typing.ArrayLike
-    scale: jax.typing.ArrayLike = 1.0
+    value: Numeric
+    scale: Numeric = 1.0
 
 
-# No drop unless the lag is less than a third of the noise, whatever the test's delta:
-# not before the horizon of c is three relaxation times.
-_LAG_PENALTY = 3.0
+class Statistic(NamedTuple):
+    """A statistic with a state, as three functions.
 
-Statistic = Callable[[Transition], Sample]
-Pairs = list[tuple[optax.Params, optax.Params]]
+    Attributes:
+      init: maps the parameters to the initial state, a tree of arrays, each a buffer of
+        its own; ``()`` where there is none.
+      pairs: maps a `Transition` and the state to the pairs of trees whose inner
+        products are wanted. Leaves of each pair must correspond. On a CPU it is called
+        with a few leaves at a time: other leaves are None there, in the transition and
+        in each part of the state with the structure of the parameters.
+      sample: maps these products (scalars in the statistic's dtype), a `Transition` and
+        the state to a `Sample` and the next state. It must keep numbers that are not
+        finite out of the state.
+      test: the test that the statistic is meant for: a name, an object or a function.
+        Default "zero_mean".
+
+    Example:
+      The squared length of the step, which needs one product and no state.
+
+      >>> import sasa_optax
+      >>> squared_length = sasa_optax.Statistic(
+      ...     init=lambda params: (),
+      ...     pairs=lambda t, state: [(t.direction, t.direction)],
+      ...     sample=lambda products, t, state: (
+      ...         sasa_optax.Sample(t.learning_rate**2 * products[0]), state
+      ...     ),
+      ...     test=sasa_optax.SlopeTest(),
+      ... )
+      >>> optimizer = sasa_optax.sasa_plus(1.0, statistic=squared_length)
+    """
+
+    init: Callable[[optax.Params], Any]
+    pairs: Callable[[Transition, Any], Sequence[tuple[optax.Params, optax.Params]]]
+    sample: Callable[[list[jax.Array], Transition, Any], tuple[Sample, Any]]
+    test: Any = "zero_mean"
 
 
-def master_pairs(t: Transition) -> Pairs:
-    return [(t.new_params, t.direction), (t.direction, t.direction)]
+StatisticLike = (
+    Literal["master", "centred"] | Statistic | Callable[[Transition], Sample]
+)
 
 
-def master_statistic(transition: Transition) -> Sample:
-    """The statistic of SASA+, mean zero under any stationary dynamics.
+def as_statistic(
+    statistic: StatisticLike, momentum: Numeric = 0.9, nu: Numeric = 1.0
+) -> Statistic:
+    """The statistic that was named or given, for a direction of this momentum."""
+    if isinstance(statistic, Statistic):
+        return statistic
+    if callable(statistic):
+        return Statistic(
+            init=_no_state,
+            pairs=lambda t, state: [],
+            sample=lambda products, t, state: (statistic(t), state),
+        )
+    makers = {"master": master_statistic, "centred": centred_statistic}
+    _checks.choice(
+        "statistic", statistic, makers, "a Statistic or a function from Transition"
+    )
+    return makers[statistic](momentum, nu)
+
+
+def _no_state(params: optax.Params) -> tuple[()]:
+    del params
+    return ()
+
+
+def dissipation(momentum: Numeric, nu: Numeric) -> Numeric:
+    """D, the variance of white gradients over that of QHM's direction."""
+    b = momentum
+    variance = (1 - nu) ** 2 + 2 * nu * (1 - nu) * (1 - b) + nu**2 * (1 - b) / (1 + b)
+    return 1 / variance
+
+
+def _check_momentum(momentum: Numeric, nu: Numeric = 1.0) -> None:
+    _checks.number("momentum", momentum, "[0, 1)")
+    _checks.number("nu", nu, "[0, 1]")
+
+
+def master_statistic(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> Statistic:
+    """The statistic of SASA+, whose mean is zero under any stationary dynamics.
 
     Delta_k = <x_{k+1}, d_k> + (alpha/2) ||d_k||^2, which is
     -(||x_{k+1}||^2 - ||x_k||^2) / (2 alpha) whatever made the direction d_k. Its scale
-    is v_k = (alpha/2) ||d_k||^2.
+    is v_k = (alpha/2) D ||d_k||^2; see `Sample`. Only the scale depends on the
+    arguments.
+
+    Args:
+      momentum: beta of the direction, in [0, 1). Default 0.9, for Adam as well.
+      nu: as in `scale_by_qhm`, in [0, 1]. Default 1.0.
+
+    Raises:
+      ValueError: if an argument is out of range.
     """
-    t = transition
-    x_dot_d, d_dot_d = t.inner_products(*master_pairs(t))
-    half_step = t.learning_rate / 2 * d_dot_d
-    return Sample(x_dot_d + half_step, half_step)
+    _check_momentum(momentum, nu)
+
+    def pairs(t: Transition, state: Any) -> _tree.Pairs:
+        del state
+        return [(t.new_params, t.direction), (t.direction, t.direction)]
+
+    def sample(products: list[jax.Array], t: Transition, state: Any) -> Any:
+        x_dot_d, d_dot_d = products
+        half_step = t.learning_rate / 2 * d_dot_d
+        noise = jnp.asarray(dissipation(momentum, nu), half_step.dtype) * half_step
+        return Sample(x_dot_d + half_step, noise), state
+
+    return Statistic(_no_state, pairs, sample)
 
 
-@dataclasses.dataclass(frozen=True)
-class _YaidaStatistic:
-    momentum: jax.typing.ArrayLike
-    weight_decay: jax.typing.ArrayLike
-
-    def pairs(self, t: Transition) -> Pairs:
-        pairs = [
-            (t.direction, t.direction),
-            (t.direction, t.grad),
-            (t.new_params, t.grad),
-        ]
-        if not _checks.is_zero(self.weight_decay):
-            pairs += [(t.new_params, t.direction), (t.new_params, t.new_params)]
-        return pairs
-
-    def __call__(self, transition: Transition) -> Sample:
-        rate = transition.learning_rate
-        products = transition.inner_products(*self.pairs(transition))
-        d_dot_d, d_dot_g, new_x_dot_g, *more = products
-        dissipation = (1 + self.momentum) / (1 - self.momentum)
-        v = dissipation * rate / 2 * d_dot_d
-        # With x_k = x_{k+1} + rate * d_k, as the step is about to overwrite x_k.
-        x_dot_g = new_x_dot_g + rate * d_dot_g
-        if more:
-            new_x_dot_d, new_x_dot_new_x = more
-            x_dot_x = new_x_dot_new_x + 2 * rate * new_x_dot_d + rate**2 * d_dot_d
-            x_dot_g += jnp.asarray(self.weight_decay, rate.dtype) * x_dot_x
-        return Sample(x_dot_g - v, v)
-
-
-def yaida_statistic(
-    momentum: jax.typing.ArrayLike = 0.9, weight_decay: jax.typing.ArrayLike = 0.0
-) -> Statistic:
+def yaida_statistic(momentum: Numeric = 0.9, weight_decay: Numeric = 0.0) -> Statistic:
     """The statistic of SASA, mean zero at the stationarity of normalised momentum.
 
     z_k = <x_k, g_k> - v_k with v_k = (alpha/2) (1 + beta)/(1 - beta) ||d_k||^2, from
@@ -146,102 +197,112 @@ def yaida_statistic(
     Args:
       momentum: beta, in [0, 1). Default 0.9.
       weight_decay: lambda, in [0, inf). Default 0.0.
+
+    Raises:
+      ValueError: if an argument is out of range.
     """
-    _checks.number("momentum", momentum, "[0, 1)")
+    _check_momentum(momentum)
     _checks.number("weight_decay", weight_decay, "[0, inf)")
-    return _YaidaStatistic(momentum, weight_decay)
+
+    def pairs(t: Transition, state: Any) -> _tree.Pairs:
+        del state
+        d, g, new_x = t.direction, t.grad, t.new_params
+        decayed = [] if _decay.is_zero(weight_decay) else [(new_x, d), (new_x, new_x)]
+        return [(d, d), (d, g), (new_x, g), *decayed]
+
+    def sample(products: list[jax.Array], t: Transition, state: Any) -> Any:
+        d_dot_d, d_dot_g, new_x_dot_g, *decayed = products
+        rate = t.learning_rate
+        v = jnp.asarray(dissipation(momentum, 1.0), rate.dtype) * rate / 2 * d_dot_d
+        # Uses x_k = x_{k+1} + rate * d_k, as the step is about to overwrite x_k.
+        x_dot_g = new_x_dot_g + rate * d_dot_g
+        if decayed:
+            new_x_dot_d, new_x_dot_new_x = decayed
+            x_dot_x = new_x_dot_new_x + 2 * rate * new_x_dot_d + rate**2 * d_dot_d
+            x_dot_g += jnp.asarray(weight_decay, rate.dtype) * x_dot_x
+        return Sample(x_dot_g - v, v), state
+
+    return Statistic(_no_state, pairs, sample, test="equivalence")
 
 
-@dataclasses.dataclass(frozen=True)
-class _LossStatistic:
-    weight_decay: jax.typing.ArrayLike
+def loss_statistic(weight_decay: Numeric = 0.0) -> Statistic:
+    """The statistic of SLOPE: the loss, from the extra argument ``value``.
 
-    def pairs(self, transition: Transition) -> Pairs:
-        del transition
-        return []
+    With coupled weight decay lambda it is what the gradients descend on, the loss plus
+    (lambda/2) ||x_{k+1}||^2. Its mean is not zero; it is meant for `SlopeTest`.
 
-    def __call__(self, transition: Transition) -> Sample:
-        t = transition
+    Args:
+      weight_decay: lambda, in [0, inf). Default 0.0.
+
+    Raises:
+      ValueError: if ``weight_decay`` is out of range.
+    """
+    _checks.number("weight_decay", weight_decay, "[0, inf)")
+
+    def pairs(t: Transition, state: Any) -> _tree.Pairs:
+        del state
+        is_zero = _decay.is_zero(weight_decay)
+        return [] if is_zero else [(t.new_params, t.new_params)]
+
+    def sample(products: list[jax.Array], t: Transition, state: Any) -> Any:
         if t.value is None:
             raise ValueError(
                 "The loss is needed as the extra argument `value`: call "
                 "`updates, state = optimizer.update(grads, state, params, value=loss)`."
             )
         loss = jnp.asarray(t.value).astype(t.learning_rate.dtype)
-        if _checks.is_zero(self.weight_decay):
-            return Sample(loss)
-        decay = jnp.asarray(self.weight_decay, loss.dtype) / 2
-        return Sample(loss + decay * t.squared_norm(t.new_params))
+        for x_dot_x in products:
+            loss += jnp.asarray(weight_decay, loss.dtype) / 2 * x_dot_x
+        return Sample(loss), state
+
+    return Statistic(_no_state, pairs, sample, test="slope")
 
 
-def loss_statistic(weight_decay: jax.typing.ArrayLike = 0.0) -> Statistic:
-    """The statistic of SLOPE: the loss, from the extra argument ``value``.
-
-    With coupled weight decay lambda it is what the gradients descend on, the loss plus
-    (lambda/2) ||x_{k+1}||^2. Its mean is not zero; it is for `SlopeTest`.
-
-    Args:
-      weight_decay: lambda, in [0, inf). Default 0.0.
-    """
-    _checks.number("weight_decay", weight_decay, "[0, inf)")
-    return _LossStatistic(weight_decay)
-
-
-@dataclasses.dataclass(frozen=True)
-class _CentredStatistic:
-    momentum: jax.typing.ArrayLike
-    nu: jax.typing.ArrayLike
-    uses_centre = True
-
-    def pairs(self, t: Transition) -> Pairs:
-        assert t.centre is not None
-        offset = _tree.subtract(t.new_params, t.centre)
-        return [(offset, t.direction), (t.direction, t.direction), (offset, offset)]
-
-    def __call__(self, transition: Transition) -> Sample:
-        rate, weight = transition.learning_rate, transition.centre_weight
-        assert weight is not None
-        products = transition.inner_products(*self.pairs(transition))
-        offset_dot_d, d_dot_d, offset_dot_offset = products
-        half_step = rate / 2 * d_dot_d
-        lag = weight * (2 - weight) / (2 * rate) * offset_dot_offset
-        noise = dissipation(self.momentum, self.nu) * half_step
-        return Sample(offset_dot_d + half_step + lag, noise - _LAG_PENALTY * lag)
-
-
-def dissipation(
-    momentum: jax.typing.ArrayLike, nu: jax.typing.ArrayLike
-) -> jax.typing.ArrayLike:
-    """How many times the variance of white gradients is that of QHM's direction."""
-    b = momentum
-    variance = (1 - nu) ** 2 + 2 * nu * (1 - nu) * (1 - b) + nu**2 * (1 - b) / (1 + b)
-    return 1 / variance
-
-
-def centred_statistic(
-    momentum: jax.typing.ArrayLike = 0.9, nu: jax.typing.ArrayLike = 1.0
-) -> Statistic:
+def centred_statistic(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> Statistic:
     """The master statistic, measured from an average of the iterates.
 
     w_k = <x_{k+1} - c_k, d_k> + (alpha/2) ||d_k||^2 + l_k, with the lag
 
     l_k = (1 - (1 - epsilon_k)^2) / (2 alpha) ||x_{k+1} - c_k||^2,
 
-    which is -(||x_{k+1} - c_{k+1}||^2 - ||x_k - c_k||^2) / (2 alpha): mean zero under
-    any stationary dynamics, wherever the optimum lies. Under a steady drift c lags at a
-    constant distance, so its mean is zero there as well; but then the lag is large. So
-    it goes with the equivalence test, and is taken off its scale,
+    which is -(||x_{k+1} - c_{k+1}||^2 - ||x_k - c_k||^2) / (2 alpha). Here c is an
+    average over the newest half of the iterates, which takes a copy of the parameters,
+    and epsilon_k is the weight with which x_{k+1} enters it. The mean is zero under any
+    stationary dynamics, wherever the optimum lies. Under a steady drift c lags at a
+    constant distance, so the mean is zero there as well; but then the lag is large.
+    So the statistic is meant for the equivalence test, and its scale is
 
-    v_k = (alpha/2) D ||d_k||^2 - 3 l_k,
+    v_k = (alpha/2) D ||d_k||^2 - 3 l_k.
 
-    where D ||d_k||^2 estimates the noise in the gradient: D is (1 + beta)/(1 - beta)
-    for normalised momentum. At stationarity the lag over the first term is the
-    relaxation time over the horizon of c. See docs/statistics.md.
+    At stationarity, the lag over the first term is the relaxation time over the horizon
+    of c. At a rate of zero the lag counts as zero. See docs/statistics.md.
 
     Args:
-      momentum: beta, in [0, 1), of the direction. Default 0.9, for Adam as well.
+      momentum: beta of the direction, in [0, 1). Default 0.9, for Adam as well.
       nu: as in `scale_by_qhm`, in [0, 1]. Default 1.0.
+
+    Raises:
+      ValueError: if an argument is out of range.
     """
-    _checks.number("momentum", momentum, "[0, 1)")
-    _checks.number("nu", nu, "[0, 1]")
-    return _CentredStatistic(momentum, nu)
+    _check_momentum(momentum, nu)
+
+    def pairs(t: Transition, centre: _average.AverageState) -> _tree.Pairs:
+        offset = _tree.subtract(t.new_params, centre.averaged)
+        return [(offset, t.direction), (t.direction, t.direction), (offset, offset)]
+
+    def sample(
+        products: list[jax.Array], t: Transition, centre: _average.AverageState
+    ) -> tuple[Sample, _average.AverageState]:
+        offset_dot_d, d_dot_d, offset_dot_offset = products
+        rate = t.learning_rate
+        weight = _average.weight(centre, _CENTRE_LEAK_RATIO, dtype=rate.dtype)
+        half_step = rate / 2 * d_dot_d
+        stretch = weight * (2 - weight) * offset_dot_offset
+        has_moved = rate > 0
+        lag = jnp.where(has_moved, stretch / jnp.where(has_moved, 2 * rate, 1), 0)
+        noise = jnp.asarray(dissipation(momentum, nu), rate.dtype) * half_step
+        new_centre = _average.push(centre, t.new_params, weight)
+        value = offset_dot_d + half_step + lag
+        return Sample(value, noise - _LAG_PENALTY * lag), new_centre
+
+    return Statistic(_average.start, pairs, sample, test="equivalence")

@@ -1,18 +1,15 @@
-"""Arithmetic over parameter trees that neither truncates nor changes a type."""
+"""Arithmetic over parameter trees that neither truncates nor changes a dtype."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-AxisName = str | tuple[str, ...] | None
+from sasa_optax._types import AxisName, Numeric
 
-# What is computed together on a CPU: more than the cost of a dispatch, less than a
-# cache. Between 1 and 4 MB makes little difference. A cache's worth needs no groups.
-_GROUP_BYTES, _CACHE_BYTES = 2_000_000, 8_000_000
+Pairs = Sequence[tuple[optax.Params, optax.Params]]
 
 
 def statistic_dtype(params: optax.Params) -> jnp.dtype:
@@ -22,15 +19,15 @@ def statistic_dtype(params: optax.Params) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(d in double for d in dtypes) else jnp.float32)
 
 
-def _widen(x: jax.typing.ArrayLike) -> jax.Array:
+def _widen(x: Numeric) -> jax.Array:
     x = jnp.asarray(x)
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def scale(a: jax.typing.ArrayLike, x: optax.Updates) -> optax.Updates:
-    """a*x, computed in at least float32, in the types of ``x``."""
+def scale(a: Numeric, x: optax.Updates) -> optax.Updates:
+    """a*x, computed in at least float32, in the dtypes of ``x``."""
 
-    def multiply(x: jax.typing.ArrayLike) -> jax.Array:
+    def multiply(x: Numeric) -> jax.Array:
         wide = _widen(x)
         return (jnp.asarray(a, wide.dtype) * wide).astype(jnp.asarray(x).dtype)
 
@@ -38,39 +35,78 @@ def scale(a: jax.typing.ArrayLike, x: optax.Updates) -> optax.Updates:
 
 
 def linear_combination(
-    a: jax.typing.ArrayLike,
-    x: optax.Updates,
-    b: jax.typing.ArrayLike,
-    y: optax.Updates,
+    a: Numeric, x: optax.Updates, b: Numeric, y: optax.Updates
 ) -> optax.Updates:
-    """a*x + b*y, computed in at least float32, in the types of ``x``."""
+    """a*x + b*y, computed in at least float32, in the dtypes of ``x``."""
 
-    def combine(x: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> jax.Array:
+    def combine(x: Numeric, y: Numeric) -> jax.Array:
         wide = _widen(x)
-        dtype = wide.dtype
-        total = jnp.asarray(a, dtype) * wide + jnp.asarray(b, dtype) * _widen(y).astype(
-            dtype
-        )
+        scaled = jnp.asarray(b, wide.dtype) * _widen(y).astype(wide.dtype)
+        total = jnp.asarray(a, wide.dtype) * wide + scaled
         return total.astype(jnp.asarray(x).dtype)
 
     return jax.tree.map(combine, x, y)
 
 
 def subtract(x: optax.Params, y: optax.Params) -> optax.Params:
-    """x - y, in the types of ``y``."""
+    """x - y, in the dtypes of ``y``."""
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype) - y, x, y)
 
 
-def _leaf_product(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Products and a sum: accelerators truncate the operands of a dot."""
+def _leaf_product(x: Numeric, y: Numeric, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A product and a sum, since accelerators truncate the operands of a dot."""
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(y):
         real = _leaf_product(jnp.real(x), jnp.real(y), dtype)
         return real + _leaf_product(jnp.imag(x), jnp.imag(y), dtype)
     return jnp.sum(jnp.asarray(x).astype(dtype) * jnp.asarray(y).astype(dtype))
 
 
+def leaf_products(pairs: Pairs, dtype: jax.typing.DTypeLike) -> list[list[jax.Array]]:
+    """The real part of <x, y> for each leaf: a row for each pair of trees."""
+    return [
+        jax.tree.leaves(jax.tree.map(lambda x, y: _leaf_product(x, y, dtype), *pair))
+        for pair in pairs
+    ]
+
+
+def sum_over(
+    axis_name: AxisName, rows: Sequence[Sequence[jax.Array]]
+) -> list[list[jax.Array]]:
+    """Scalars summed over mesh axes where they are parts of a sum, in one collective.
+
+    There is one collective for all scalars that vary over the same axes.
+    """
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    summed = [list(row) for row in rows]
+    places: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for i, row in enumerate(rows):
+        for j, x in enumerate(row):
+            places.setdefault(_axes_of(x, axes) if axes else (), []).append((i, j))
+    for over, where in places.items():
+        if over:
+            sums = jax.lax.psum(jnp.stack([rows[i][j] for i, j in where]), over)
+            for (i, j), x in zip(where, sums, strict=True):
+                summed[i][j] = x
+    return summed
+
+
+def total(row: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+    return sum(row, jnp.zeros((), dtype))
+
+
+def inner_products(
+    pairs: Pairs, dtype: jax.typing.DTypeLike, axis_name: AxisName = None
+) -> list[jax.Array]:
+    """The real parts of <x, y> over whole trees, scalars of ``dtype``.
+
+    Over the axes ``axis_name``, across which the trees are sharded, they are summed.
+    """
+    rows = sum_over(axis_name, leaf_products(pairs, dtype))
+    return [total(row, dtype) for row in rows]
+
+
 def knows_what_varies(x: jax.Array) -> bool:
-    """Whether this JAX keeps account of it inside `jax.shard_map`; 0.5 does not."""
+    """Whether JAX tracks what varies inside `jax.shard_map`; JAX 0.5 does not."""
     aval: Any = x.aval
     return hasattr(aval, "manual_axis_type") or hasattr(aval, "vma")
 
@@ -84,125 +120,10 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     return getattr(aval, "vma", frozenset())
 
 
-def _axes_of(product: jax.Array, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``axes`` over which the product is a part of a sum."""
-    # Where JAX keeps no account of what varies, everything is taken to.
+def _axes_of(x: jax.Array, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``axes`` over which ``x`` is a part of a sum."""
+    # Where JAX does not track what varies, everything is taken to vary.
     is_known = all(axis in _varying_axes(jax.lax.axis_index(axis)) for axis in axes)
     if not is_known:
         return axes
-    return tuple(axis for axis in axes if axis in _varying_axes(product))
-
-
-def inner_products(
-    pairs: Sequence[tuple[optax.Params, optax.Params]],
-    dtype: jax.typing.DTypeLike,
-    axis_name: AxisName = None,
-) -> list[jax.Array]:
-    """The real parts of <x, y> over whole trees, scalars of ``dtype``.
-
-    Over the axes ``axis_name``, where the trees are parts of larger ones, all of them
-    are summed by one collective.
-    """
-    dtype = jnp.dtype(dtype)
-    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    # By the axes to sum over, one row of all products each.
-    rows: dict[tuple[str, ...], list[jax.Array]] = {}
-    for i, (x, y) in enumerate(pairs):
-        products = jax.tree.map(lambda x, y: _leaf_product(x, y, dtype), x, y)
-        for product in jax.tree.leaves(products):
-            zeros = [jnp.zeros((), dtype) for _ in pairs]
-            row = rows.setdefault(_axes_of(product, axes) if axes else (), zeros)
-            row[i] += product
-    totals = [jnp.zeros((), dtype) for _ in pairs]
-    for over, row in rows.items():
-        if over:
-            row = jax.lax.psum(jnp.stack(row), over)
-        totals = [total + part for total, part in zip(totals, row, strict=True)]
-    return totals
-
-
-def leaf_products(
-    pairs: Sequence[tuple[optax.Params, optax.Params]],
-    dtype: jax.typing.DTypeLike,
-    axis_name: AxisName = None,
-) -> list[jax.Array]:
-    """The real parts of <x, y> of each leaf by itself, of shape (leaves,) each.
-
-    Over the axes ``axis_name``, where the trees are parts of larger ones, all of them
-    are summed by one collective.
-    """
-    dtype = jnp.dtype(dtype)
-    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    rows = [list(map(jax.tree.leaves, pair)) for pair in pairs]
-    products = [
-        _leaf_product(x, y, dtype)
-        for xs, ys in rows
-        for x, y in zip(xs, ys, strict=True)
-    ]
-    over = [_axes_of(product, axes) if axes else () for product in products]
-    for some in sorted({each for each in over if each}):
-        places = [i for i, each in enumerate(over) if each == some]
-        sums = jax.lax.psum(jnp.stack([products[i] for i in places]), some)
-        for i, total in zip(places, sums, strict=True):
-            products[i] = total
-    shape = len(pairs), len(products) // len(pairs)
-    return list(jnp.stack([jnp.zeros((), dtype), *products])[1:].reshape(shape))
-
-
-def inner_product(
-    x: optax.Params,
-    y: optax.Params,
-    dtype: jax.typing.DTypeLike,
-    axis_name: AxisName = None,
-) -> jax.Array:
-    return inner_products([(x, y)], dtype, axis_name)[0]
-
-
-def in_sequence(
-    direction: optax.Updates,
-    others: Sequence[Any],
-    sums: Callable[..., list[jax.Array]],
-    rate: jax.Array,
-    step: jax.Array,
-) -> tuple[optax.Updates, jax.Array]:
-    """The direction, its leaves computed in sequence; and a scalar that is true.
-
-    No number is changed. Left to itself XLA on CPU updates all leaves, then sums over
-    all of them, when they are no longer in the cache; and a direction such as Adam's it
-    computes for the update and again for the sums, beside a copy of the parameters. So
-    each leaf is divided by a one that XLA cannot know to be one: a quotient is not
-    computed twice. And the one of the leaves that follow, after some megabytes, is made
-    from the ``sums`` over those before: of their directions, and their parts of the
-    ``others``. The last one must be used, which is what the scalar is for.
-
-    Accelerators fuse the sums with the update. Among several devices each of these
-    groups would wait for a collective over the one before.
-    """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return direction, jnp.ones((), bool)
-    one = jnp.where(step < 0, jnp.zeros_like(rate), 1)
-    total = sum(d.nbytes for d in jax.tree.leaves(direction))
-    group_bytes = _GROUP_BYTES if total > _CACHE_BYTES else math.inf
-    group: list[tuple[jax.Array, ...]] = []
-
-    def compute(d: jax.Array, *others: jax.Array) -> jax.Array:
-        nonlocal one
-        if not jnp.issubdtype(d.dtype, jnp.floating):
-            return d
-        d = d / one.astype(d.dtype)
-        group.append((d, *others))
-        if sum(d.nbytes for d, *_ in group) >= group_bytes:
-            used = sums(*map(list, zip(*group, strict=True)))
-            never = jax.lax.stop_gradient(sum(used, jnp.zeros_like(rate)))
-            one = jnp.where(step < 0, never, one)
-            group.clear()
-        return d
-
-    direction = jax.tree.map(compute, direction, *others)
-    return direction, one > 0
-
-
-def squared_norm(
-    x: optax.Params, dtype: jax.typing.DTypeLike, axis_name: AxisName = None
-) -> jax.Array:
-    return inner_product(x, x, dtype, axis_name)
+    return tuple(axis for axis in axes if axis in _varying_axes(x))

@@ -1,13 +1,51 @@
-"""One place where our types meet optax's."""
+"""Types that the whole package shares, and the decorator of its option objects."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, dataclass_transform
 
+import jax
 import optax
 
+Numeric = jax.typing.ArrayLike
+AxisName = str | tuple[str, ...] | None
+Optimizer = optax.GradientTransformationExtraArgs
 
-def transformation(
-    init: Callable[..., Any], update: Callable[..., Any]
-) -> optax.GradientTransformationExtraArgs:
+_Options = TypeVar("_Options")
+
+
+def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> Optimizer:
     """The pair as optax takes it, whose types know no state but a tree of arrays."""
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@dataclass_transform(frozen_default=True)
+def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
+    """Makes a class a frozen dataclass and a pytree, whose leaves are its fields.
+
+    Numbers in the fields may then be traced, so that `jax.vmap` maps over them. The
+    fields named by ``static`` belong to the structure of the tree.
+    """
+
+    def decorate(cls: type[_Options]) -> type[_Options]:
+        made: Any = dataclasses.dataclass(frozen=True)(cls)
+        names = list(made.__dataclass_fields__)
+        traced = [name for name in names if name not in static]
+
+        def flatten(options: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            keys = map(jax.tree_util.GetAttrKey, traced)
+            leaves = [getattr(options, name) for name in traced]
+            fixed = tuple(getattr(options, name) for name in static)
+            return list(zip(keys, leaves, strict=True)), fixed
+
+        def unflatten(fixed: tuple[Any, ...], leaves: Iterable[Any]) -> _Options:
+            # JAX also puts batches and placeholders here, so nothing is checked.
+            options = object.__new__(made)
+            for name, value in zip((*traced, *static), (*leaves, *fixed), strict=True):
+                object.__setattr__(options, name, value)
+            return options
+
+        jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+        return made
+
+    return decorate

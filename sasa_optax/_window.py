@@ -1,24 +1,109 @@
-"""The leaky bucket: of all samples since the last drop, keep the newest part."""
+"""What is kept: of all samples since the last drop, the newest part."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks
+from sasa_optax import _checks, _epochs, _types
+from sasa_optax._types import Numeric
 
 
-class Window(NamedTuple):
-    """A ring buffer of the newest samples.
+@_types.options("max_window", "scale_min_samples")
+class Window:
+    """Which samples a test sees, and how often it runs.
 
-    Of ``total`` samples pushed since the window was last emptied, the newest
-    ``ceil(total / leak_ratio)`` count, and never more than the capacity.
+    The window keeps the newest ``ceil(total / leak_ratio)`` of the ``total`` samples
+    since the last drop, the leaky bucket of the papers.
 
     Attributes:
-      buffer: the samples, shape (width, capacity), float32 or float64.
-      head: where the next sample goes, shape (), int32.
-      total: samples since the window was emptied, shape (), int32.
+      leak_ratio: the window keeps the newest 1/leak_ratio of the samples, an integer of
+        at least 1. Default 8.
+      min_samples: no test runs before the window keeps more samples than this, an
+        integer of at least 4. Default None: 1000, or one epoch of ``steps_per_epoch``,
+        but at least 100 (fewer samples say nothing) and at most 1000.
+      test_interval: the number of steps between tests, an integer of at least 1.
+        Default None: 100, or one epoch within the same limits.
+      warmup_steps: the rate does not drop in this many first steps, an integer of at
+        least 0. Default 0.
+      max_window: the capacity, an integer greater than ``min_samples``. A sample takes
+        4 bytes, or 8 where the test reads the scale too, and twice that in float64.
+        Default 16384.
+      scale_min_samples: after each drop ``min_samples`` grows by 1/factor, up to what
+        ``max_window`` can hold: at a rate ten times smaller, the dynamics need ten
+        times the steps to become stationary. This keeps the rate of a long run from
+        going to nothing. Default False, as in the papers.
+
+    Raises:
+      ValueError: at construction, if a field is out of range.
+
+    Example:
+      >>> import sasa_optax
+      >>> window = sasa_optax.Window(leak_ratio=4, min_samples=200)
+      >>> optimizer = sasa_optax.sasa_plus(1.0, window=window)
+    """
+
+    leak_ratio: Numeric = 8
+    min_samples: Numeric | None = None
+    test_interval: Numeric | None = None
+    warmup_steps: Numeric = 0
+    max_window: int = 16384
+    scale_min_samples: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.integer("leak_ratio", self.leak_ratio, 1)
+        _checks.integer("warmup_steps", self.warmup_steps, 0)
+        _checks.static_integer("max_window", self.max_window, 5)
+        _checks.boolean("scale_min_samples", self.scale_min_samples)
+        if self.test_interval is not None:
+            _checks.integer("test_interval", self.test_interval, 1)
+        if self.min_samples is not None:
+            _checks.integer("min_samples", self.min_samples, 4)
+            names = "max_window", self.max_window, "min_samples", self.min_samples
+            _checks.exceeds(*names)
+
+    def resolved(self, steps_per_epoch: int | None) -> "Window":
+        """The window with its defaults filled in."""
+        defaults = _epochs.defaults(steps_per_epoch)
+        names = ("min_samples", "test_interval")
+        missing = [name for name in names if getattr(self, name) is None]
+        filled = {name: getattr(defaults, name) for name in missing}
+        return dataclasses.replace(self, **filled)
+
+    def samples_needed(self, num_drops: jax.Array, factor: Numeric) -> jax.Array:
+        """A test needs more samples than this, and never more than fit."""
+        least = jnp.asarray(self.min_samples, jnp.int32)
+        if not self.scale_min_samples:
+            return least
+        grown = least / jnp.asarray(factor, jnp.float32) ** num_drops
+        most = jnp.float32(self.max_window - 1)
+        return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
+
+    def num_kept(self, state: "WindowState") -> jax.Array:
+        # The ceiling is written such that it cannot overflow.
+        leaked = -(-state.total // jnp.asarray(self.leak_ratio, jnp.int32))
+        return jnp.minimum(leaked, state.buffer.shape[1])
+
+    def check(self, state: "WindowState") -> None:
+        """Checks that the state is that of a window of this capacity."""
+        capacity = state.buffer.shape[1]
+        if capacity != self.max_window:
+            raise ValueError(
+                f"The state holds a window of {capacity} samples, but max_window is "
+                f"{self.max_window}: to continue with it, call "
+                f"`state = sasa_optax.resize_window(state, {self.max_window})`."
+            )
+
+
+class WindowState(NamedTuple):
+    """A ring buffer of the newest samples.
+
+    Attributes:
+      buffer: the samples, shape (width, max_window), float32 or float64.
+      head: the place of the next sample, shape (), int32.
+      total: the number of samples since the window was emptied, shape (), int32.
     """
 
     buffer: jax.Array
@@ -26,91 +111,77 @@ class Window(NamedTuple):
     total: jax.Array
 
 
-def empty(width: int, capacity: int, dtype: jax.typing.DTypeLike) -> Window:
-    return Window(
-        buffer=jnp.zeros((width, capacity), dtype),
-        head=jnp.zeros((), jnp.int32),
-        total=jnp.zeros((), jnp.int32),
-    )
+def empty(width: int, capacity: int, dtype: jax.typing.DTypeLike) -> WindowState:
+    buffer = jnp.zeros((width, capacity), dtype)
+    return WindowState(buffer, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def push(window: Window, sample: jax.Array, keep: jax.Array) -> Window:
+def push(state: WindowState, sample: jax.Array, keep: jax.Array) -> WindowState:
     """Appends ``sample``, shape (width,), where ``keep`` is true."""
-    head = window.head
-    old = jax.lax.dynamic_index_in_dim(window.buffer, head, axis=1, keepdims=False)
-    buffer = jax.lax.dynamic_update_index_in_dim(
-        window.buffer, jnp.where(keep, sample, old), head, axis=1
-    )
-    capacity = buffer.shape[1]
-    return Window(
-        buffer=buffer,
+    head, capacity = state.head, state.buffer.shape[1]
+    old = jax.lax.dynamic_index_in_dim(state.buffer, head, axis=1, keepdims=False)
+    new = jnp.where(keep, sample, old)
+    return WindowState(
+        buffer=jax.lax.dynamic_update_index_in_dim(state.buffer, new, head, axis=1),
         head=jnp.where(keep, (head + 1) % capacity, head),
-        total=jnp.where(keep, optax.safe_increment(window.total), window.total),
+        total=jnp.where(keep, optax.safe_increment(state.total), state.total),
     )
 
 
-def clear(window: Window, when: jax.Array) -> Window:
-    return window._replace(total=jnp.where(when, 0, window.total))
+def clear(state: WindowState, when: jax.Array) -> WindowState:
+    return state._replace(total=jnp.where(when, 0, state.total))
 
 
-def is_empty(window: Window) -> jax.Array:
-    return window.total == 0
-
-
-def num_kept(window: Window, leak_ratio: jax.typing.ArrayLike) -> jax.Array:
-    # The ceiling is written so that it cannot overflow.
-    leaked = -(-window.total // jnp.asarray(leak_ratio, jnp.int32))
-    return jnp.minimum(leaked, window.buffer.shape[1])
-
-
-def contents(window: Window, num_samples: jax.Array) -> jax.Array:
-    """The newest ``num_samples``, oldest first, then zeros; shape (width, capacity)."""
-    capacity = window.buffer.shape[1]
+def contents(state: WindowState, num_samples: jax.Array) -> jax.Array:
+    """The newest ``num_samples``, oldest first, then zeros; shape of the buffer."""
+    capacity = state.buffer.shape[1]
     index = jnp.arange(capacity, dtype=jnp.int32)
-    ordered = window.buffer[:, (window.head - num_samples + index) % capacity]
+    ordered = state.buffer[:, (state.head - num_samples + index) % capacity]
     return jnp.where(index < num_samples, ordered, 0)
 
 
-def _resized(window: Window, capacity: int) -> Window:
-    old = window.buffer.shape[1]
-    num_stored = jnp.minimum(window.total, min(old, capacity))
-    newest = contents(window, num_stored)[:, :capacity]
+def _resized(state: WindowState, capacity: int) -> WindowState:
+    old = state.buffer.shape[1]
+    num_stored = jnp.minimum(state.total, min(old, capacity))
+    newest = contents(state, num_stored)[:, :capacity]
     buffer = jnp.pad(newest, ((0, 0), (0, max(0, capacity - old))))
     # Of a window that was full, no more may count than was stored.
     is_larger = capacity > old
-    total = jnp.minimum(window.total, old) if is_larger else jnp.copy(window.total)
-    return Window(buffer, head=num_stored % capacity, total=total)
+    total = jnp.minimum(state.total, old) if is_larger else jnp.copy(state.total)
+    return WindowState(buffer, head=num_stored % capacity, total=total)
 
 
 def resize_window(opt_state: Any, max_window: int) -> Any:
-    """Makes a saved state fit an optimizer with another ``max_window``.
+    """Fits a saved state to an optimizer with another ``max_window``.
 
     The newest samples are kept, as many as fit. If the old window had overflowed and
-    the new one is larger, the samples that were lost do not come back: what it holds
-    counts as all there were since the drop, and ``leak_ratio`` leaves a part of them.
+    the new one is larger, the lost samples do not come back: the samples that are left
+    count as all there were since the drop, and ``leak_ratio`` keeps a part of them.
 
     Args:
       opt_state: the optimizer's state, however nested, with any number of windows.
-      max_window: as given to the optimizer that will go on with it, at least 5.
+      max_window: the capacity of the optimizer that continues, at least 5.
 
     Returns:
-      A state of the same structure and dtypes, which shares no buffer of the windows.
+      A state of the same structure and dtypes. Its windows share no buffer with the old
+      ones.
 
     Raises:
-      ValueError: if there is no `Window` in ``opt_state``.
+      ValueError: if there is no `WindowState` in ``opt_state``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import sasa_optax
       >>> saved = sasa_optax.sasa_plus(1.0).init(jnp.ones(3))
       >>> state = sasa_optax.resize_window(saved, max_window=4096)
-      >>> optimizer = sasa_optax.sasa_plus(1.0, max_window=4096)
+      >>> window = sasa_optax.Window(max_window=4096)
+      >>> optimizer = sasa_optax.sasa_plus(1.0, window=window)
       >>> updates, state = optimizer.update(jnp.ones(3), state, jnp.ones(3))
     """
     capacity = _checks.static_integer("max_window", max_window, 5)
 
     def is_window(node: Any) -> bool:
-        return isinstance(node, Window)
+        return isinstance(node, WindowState)
 
     if not any(map(is_window, jax.tree.leaves(opt_state, is_leaf=is_window))):
         raise ValueError(
