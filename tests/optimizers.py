@@ -28,6 +28,15 @@ def smaller(**changes: Any) -> dict[str, Any]:
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 
+def never_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+    """A test that is compiled in no time, for tests of what comes before it."""
+    return sasa_optax.TestResult(mean=samples.values[0], stationary=False)
+
+
+def always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+    return sasa_optax.TestResult(mean=jnp.sum(samples.values), stationary=True)
+
+
 def squares(tree: Any) -> jax.Array:
     """The squared norm, a loss for any parameters; shape (), float32 at least."""
 

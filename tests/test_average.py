@@ -1,6 +1,7 @@
 """The averaged model: what is averaged, and how one gets at it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import SMALL, smaller, squares, started, take_step
+from optimizers import SMALL, always_stationary, smaller, squares, started, take_step
 
 import sasa_optax
 
@@ -108,26 +109,60 @@ _WITH_AVERAGE: dict[str, Any] = {
 }
 
 
+@functools.cache
+def _run_both(name: str) -> Callable[[int], Any]:
+    """The histories with ``average=True`` and with `average_iterates` behind it."""
+
+    @jax.jit
+    def run(leak_ratio: Any) -> Any:
+        arguments = smaller(leak_ratio=leak_ratio) | {"test": always_stationary}
+        make = _WITH_AVERAGE[name]
+        behind = sasa_optax.average_iterates(leak_ratio)
+        optimizers = (
+            make(**arguments, average=True),
+            optax.chain(make(**arguments, average=False), behind),
+        )
+
+        def history(optimizer: Any) -> Any:
+            def step(carry: Any, row: jax.Array) -> Any:
+                params, state = carry
+                grads = (row + 0.1 * params).astype(params.dtype)
+                params, state = take_step(
+                    optimizer.update,
+                    grads,
+                    state,
+                    params,
+                    value=squares(params),
+                    grad=grads,
+                    value_fn=squares,
+                )
+                num_drops = optax.tree.get(state, "num_drops")
+                return (params, state), (params, _averaged(state), num_drops)
+
+            params = jnp.ones(5)
+            start = params, optimizer.init(params)
+            return jax.lax.scan(step, start, jnp.asarray(_NOISE))[1]
+
+        return tuple(map(history, optimizers))
+
+    return run
+
+
 @pytest.mark.parametrize("leak_ratio", [2, 3])
 @pytest.mark.parametrize("name", _WITH_AVERAGE)
 def test_average_true_is_average_iterates_behind_it(name: str, leak_ratio: int) -> None:
-    arguments = smaller(leak_ratio=leak_ratio)
-    params = jnp.ones(5)
-    xs, with_it = _iterates(_WITH_AVERAGE[name](**arguments, average=True), params)
-    without = _WITH_AVERAGE[name](**arguments, average=False)
-    chained = optax.chain(without, sasa_optax.average_iterates(leak_ratio))
-    other_xs, behind = _iterates(chained, params)
-    chex.assert_trees_all_close(xs, other_xs, rtol=1e-5)
-    for one, other in zip(with_it, behind, strict=True):
-        actual, expected = map(_averaged, (one, other))
-        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    with_it, behind = _run_both(name)(leak_ratio)
+    chex.assert_trees_all_close(with_it, behind, rtol=1e-5)
+    params, averages, num_drops = with_it
+    weights = [_weights(k, leak_ratio, 32) for k in range(1, _STEPS + 1)]
+    iterates = np.concatenate([np.ones((1, 5)), params])
+    expected = [weight @ iterates[: len(weight)] for weight in weights]
+    np.testing.assert_allclose(averages, expected, rtol=1e-5)
+    assert num_drops[-1] > 1
 
 
 def test_a_drop_leaves_the_average_as_it_is() -> None:
-    def always(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
-        return sasa_optax.TestResult(mean=jnp.sum(samples.values), stationary=True)
-
-    optimizer = sasa_optax.sasa_plus(1.0, **SMALL, test=always, average=True)
+    optimizer = sasa_optax.sasa_plus(1.0, **SMALL, test=always_stationary, average=True)
     xs, states = _iterates(optimizer, jnp.ones(5))
     assert int(optax.tree.get(states[-1], "num_drops")) > 3
     expected = _weights(_STEPS, 1, 32) @ np.asarray(xs)

@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optimizers import SMALL
+from optimizers import SMALL, always_stationary, never_stationary
 
 import sasa_optax
 
 _BETA = 0.9
 _GRADS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
-
-
-def _always(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
-    return sasa_optax.TestResult(mean=jnp.sum(samples.values), stationary=True)
 
 
 def _traces(grads: np.ndarray) -> np.ndarray:
@@ -33,11 +29,14 @@ def _compiled(name: str) -> tuple[Any, Any]:
     """An optimizer whose window is too long for a test, and its update."""
     window = sasa_optax.Window(min_samples=100)
     if name == "slope":
-        optimizer = sasa_optax.slope(1.0, momentum=_BETA, window=window)
+        optimizer = sasa_optax.slope(
+            1.0, momentum=_BETA, test=never_stationary, window=window
+        )
     else:
         optimizer = sasa_optax.sasa_plus(
             1.0,
             momentum=_BETA,
+            test=never_stationary,
             window=window,
             statistic=lambda t: sasa_optax.Sample(jnp.asarray(t.value)),
         )
@@ -79,7 +78,9 @@ def test_a_sample_that_is_missing_does_not_restart_momentum(
 
 
 def test_momentum_restarts_after_a_drop_and_only_then() -> None:
-    optimizer = sasa_optax.sasa_plus(1.0, momentum=_BETA, test=_always, **SMALL)
+    optimizer = sasa_optax.sasa_plus(
+        1.0, momentum=_BETA, test=always_stationary, **SMALL
+    )
     states = _run(optimizer, jax.jit(optimizer.update), _GRADS, np.ones(12))
     # More than four samples come with the fifth step, and again with the tenth.
     drops = [int(state.controller.num_drops) for state in states]
@@ -91,7 +92,7 @@ def test_momentum_restarts_after_a_drop_and_only_then() -> None:
 
 def test_a_drop_makes_momentum_forget_what_is_not_finite() -> None:
     """A gradient was NaN, and the loss, which SLOPE watches, was not."""
-    optimizer = sasa_optax.slope(1.0, momentum=_BETA, test=_always, **SMALL)
+    optimizer = sasa_optax.slope(1.0, momentum=_BETA, test=always_stationary, **SMALL)
     grads = _GRADS[:8].copy()
     grads[2] = [np.nan, np.inf, -np.inf]
     states = _run(optimizer, jax.jit(optimizer.update), grads, np.arange(8.0))

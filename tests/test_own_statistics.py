@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import own_statistic
 import pytest
+from optimizers import never_stationary
 
 import sasa_optax
 
@@ -48,7 +49,9 @@ def test_it_records_the_same_where_leaves_are_computed_in_groups() -> None:
 
 
 def test_its_state_may_be_donated_and_keeps_its_types() -> None:
-    optimizer = sasa_optax.sasa_plus(0.1, statistic=own_statistic.lagged_statistic())
+    optimizer = sasa_optax.sasa_plus(
+        0.1, statistic=own_statistic.lagged_statistic(), test=never_stationary
+    )
     params = jnp.ones(3)
     state: Any = optimizer.init(params)
     types = jax.eval_shape(optimizer.update, params, state, params)[1]
@@ -61,7 +64,9 @@ def test_its_state_may_be_donated_and_keeps_its_types() -> None:
 
 
 def test_a_sample_that_is_not_finite_leaves_no_trace_in_the_state() -> None:
-    optimizer = sasa_optax.sasa_plus(0.1, statistic=own_statistic.lagged_statistic())
+    optimizer = sasa_optax.sasa_plus(
+        0.1, statistic=own_statistic.lagged_statistic(), test=never_stationary
+    )
     params = jnp.ones(3)
     update = jax.jit(optimizer.update)
     _, state = update(params, optimizer.init(params), params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import SERVOS
+from optimizers import SERVOS, never_stationary
 
 import sasa_optax
 
@@ -44,10 +44,6 @@ def _other(name: str) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(make(**_ARGUMENTS.get(name, rate)))
 
 
-def _never(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
-    return sasa_optax.TestResult(mean=samples.values[0], stationary=False)
-
-
 def _loss_for_others(params: Any) -> jax.Array:
     parts = [jnp.sum(jnp.sin(x) + x**2) for x in jax.tree.leaves(params)]
     return sum(parts, jnp.zeros(()))
@@ -77,7 +73,7 @@ _after_others = functools.partial(
 def test_reduce_on_stationarity_after_any_optimizer(other: str) -> None:
     """The statistic is the change of the squared norm; the scale that of the step."""
     window = sasa_optax.Window(min_samples=4, max_window=8)
-    controller = sasa_optax.reduce_on_stationarity(test=_never, window=window)
+    controller = sasa_optax.reduce_on_stationarity(test=never_stationary, window=window)
     optimizer = optax.chain(_other(other), controller)
     params = _start_for_others()
 
