@@ -15,16 +15,16 @@ from sasa_optax._types import AxisName, DType, Numeric
 # steps, so in the end the scale falls no faster than k^-0.8. Averaged, such rates are
 # those of Polyak and Ruppert, whose exponents lie between 1/2 and 1.
 _MOST_UP, _DOWN, _MOST_DOWN = 1.0, 0.1, 0.1
-# The first descent raises progress. So at step k, a rise takes progress that is above
-# its target by 1 + (128 / k)^2.
+# The first descent raises progress. So at step k the scale rises only if progress
+# exceeds its target by a factor of 1 + (128 / k)^2.
 _SETTLING = 128
 # A rise goes too far before progress can tell. So soon after the newest rise, at step
 # j, a fall is faster by up to 1 + 8 (j / k)^2.
 _CORRECTION = 8.0
 # On a straight line progress starts near zero, so it says nothing before this step.
 _MIN_STEPS = 64
-# What an overshoot and a brake divide the scale by, and how fast the ceiling that they
-# leave behind may rise again, over a horizon.
+# Overshoots and brakes divide the scale by this. The ceiling that they leave behind
+# rises by a factor of exp(1/16) over a horizon.
 _CUT, _CEILING_RISE = 4.0, 1 / 16
 
 
@@ -251,7 +251,7 @@ def adapt_on_progress(
         )
 
     def clipped(scale: jax.Array) -> jax.Array:
-        # A start below or above the bounds is moved to them.
+        # A scale of 1 at the start may lie outside the bounds.
         highest = None if max_scale is None else jnp.asarray(max_scale, scale.dtype)
         return jnp.clip(scale, jnp.asarray(min_scale, scale.dtype), highest)
 

@@ -125,7 +125,7 @@ class LineSearchState(NamedTuple):
     """What a line search remembers, with the state of its controller.
 
     Attributes:
-      line_search_active: whether it still goes on, shape (), bool.
+      line_search_active: whether the search goes on, shape (), bool.
       step_size: eta, what the newest search found on its mini-batch, before smoothing;
         shape (), float32, or float64 where a parameter is.
       num_evaluations: evaluations of ``value_fn`` since the start; shape (), int32.
@@ -189,7 +189,7 @@ def _own_arguments(
     kinds = inspect.Parameter
     parameters = list(inspect.signature(value_fn).parameters.values())
     by_name = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    # The first is for the parameters, whatever its name.
+    # The first parameter takes x, whatever its name.
     named = {p.name for p in parameters[1:] if p.kind in by_name}
     names = extra_args.keys() & named
     if any(p.kind is kinds.VAR_KEYWORD for p in parameters):
@@ -341,7 +341,7 @@ class SearchingController:
             step_size = jnp.where(is_start, 0, ratio(trial) * rate)
             loss, rounding = objective.at(step_size)
             is_finite = jnp.isfinite(loss)
-            # A rise that the loss's own dtype cannot tell from none is none.
+            # A rise within the rounding error of the loss is none.
             bound = start - required * step_size * slope + rounding
             accepted = ~is_start & is_finite & (loss <= bound)
             start = jnp.where(is_start & is_finite, loss, start)

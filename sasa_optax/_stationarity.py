@@ -1,4 +1,4 @@
-"""What is decided: has the mean of the recorded statistic settled?
+"""Tests for stationarity: has the mean of the recorded statistic settled?
 
 A test is a function from `Samples` to a `TestResult`. It is called inside jit with the
 window at its full capacity, and with the number of samples in it as a traced value.
