@@ -1,6 +1,6 @@
 """A rate that follows progress: up while the run goes somewhere, down as it settles."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -66,12 +66,6 @@ class AdaptOnProgressState(NamedTuple):
     measured: _progress.ProgressState
 
 
-def _clock(state: AdaptOnProgressState) -> tuple[jax.Array, jax.Array]:
-    """The number of this step, the first being one, and the horizon of its average."""
-    steps = optax.safe_increment(state.measured.average.num_averaged)
-    return jnp.asarray(steps), 1 / _progress.weight(state.measured)
-
-
 def _cut(
     state: AdaptOnProgressState,
     verdict: _loss_gate.Verdict,
@@ -120,21 +114,83 @@ def _change(
     return jnp.where(verdict.may_rise, up, 0) + jnp.where(has_begun, down, 0)
 
 
-def _changed(
-    state: AdaptOnProgressState,
-    change: jax.Array,
-    steps: jax.Array,
-    horizon: jax.Array,
-    clip: Callable[[jax.Array], jax.Array],
-) -> AdaptOnProgressState:
-    """Moves the scale, within its bounds and the ceiling, which rises slowly."""
-    wanted = state.scale * jnp.exp(change / horizon)
-    scale = clip(jnp.minimum(wanted, state.ceiling))
-    return state._replace(
-        scale=scale,
-        ceiling=state.ceiling * jnp.exp(_CEILING_RISE / horizon),
-        last_rise=jnp.where(scale > state.scale, steps, state.last_rise),
-    )
+@dataclasses.dataclass(eq=False)
+class _Adapter:
+    """The transformation; its fields are the arguments of `adapt_on_progress`."""
+
+    momentum: Numeric
+    target: Numeric
+    min_scale: Numeric
+    max_scale: Numeric | None
+    axis_name: AxisName
+    dtype: jnp.dtype | None
+
+    def init(self, params: optax.Params) -> AdaptOnProgressState:
+        number = _tree.statistic_dtype(params)
+        count = jnp.zeros((), jnp.int32)
+        return AdaptOnProgressState(
+            scale=self._clipped(jnp.ones((), number)),
+            target=jnp.asarray(self.target, number),
+            ceiling=jnp.full((), jnp.inf, number),
+            sees_loss=jnp.zeros((), bool),
+            num_overshoots=count,
+            num_brakes=jnp.copy(count),
+            num_nonfinite=jnp.copy(count),
+            last_cut=jnp.copy(count),
+            last_rise=jnp.copy(count),
+            losses=_loss_gate.start(number),
+            measured=_progress.start(params, self.dtype),
+        )
+
+    def _clipped(self, scale: jax.Array) -> jax.Array:
+        # A scale of 1 at the start may lie outside the bounds.
+        lowest, highest = (
+            None if bound is None else jnp.asarray(bound, scale.dtype)
+            for bound in (self.min_scale, self.max_scale)
+        )
+        return jnp.clip(scale, lowest, highest)
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: AdaptOnProgressState,
+        params: optax.Params | None = None,
+        *,
+        value: Numeric | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdaptOnProgressState]:
+        del extra_args
+        params = _checks.params(params)
+        # The number of this step, the first being one, and the horizon of its average.
+        steps = jnp.asarray(optax.safe_increment(state.measured.average.num_averaged))
+        horizon = 1 / _progress.weight(state.measured)
+        verdict, losses = _loss_gate.unseen(), state.losses
+        if value is not None:
+            loss = _checks.loss("value", value).astype(state.scale.dtype)
+            losses, verdict = _loss_gate.watch(losses, loss, horizon)
+        state = state._replace(losses=losses, sees_loss=jnp.asarray(value is not None))
+        state, is_cut = _cut(state, verdict, steps, horizon)
+        scale = self._clipped(state.scale)
+        updates, measured = _progress.step(
+            updates,
+            state.measured,
+            params,
+            self.momentum,
+            self.axis_name,
+            scale=scale,
+            # A loss that is not finite has no gradient worth following either.
+            returns=verdict.is_lost | verdict.is_missing,
+        )
+        state = state._replace(scale=scale, measured=measured)
+        change = jnp.where(is_cut, 0, _change(state, verdict, steps))
+        # The scale stays below the ceiling, which rises slowly.
+        wanted = jnp.minimum(scale * jnp.exp(change / horizon), state.ceiling)
+        state = state._replace(
+            scale=self._clipped(wanted),
+            ceiling=state.ceiling * jnp.exp(_CEILING_RISE / horizon),
+        )
+        last_rise = jnp.where(state.scale > scale, steps, state.last_rise)
+        return updates, state._replace(last_rise=last_rise)
 
 
 def adapt_on_progress(
@@ -229,62 +285,5 @@ def adapt_on_progress(
         _checks.exceeds("max_scale", max_scale, "min_scale", min_scale, True)
     _checks.axis_name(axis_name)
     wide = _average.checked_dtype(dtype)
-
-    def init(params: optax.Params) -> AdaptOnProgressState:
-        number = _tree.statistic_dtype(params)
-
-        def zero() -> jax.Array:
-            return jnp.zeros((), jnp.int32)
-
-        return AdaptOnProgressState(
-            scale=clipped(jnp.ones((), number)),
-            target=jnp.asarray(target, number),
-            ceiling=jnp.full((), jnp.inf, number),
-            sees_loss=jnp.zeros((), bool),
-            num_overshoots=zero(),
-            num_brakes=zero(),
-            num_nonfinite=zero(),
-            last_cut=zero(),
-            last_rise=zero(),
-            losses=_loss_gate.start(number),
-            measured=_progress.start(params, wide),
-        )
-
-    def clipped(scale: jax.Array) -> jax.Array:
-        # A scale of 1 at the start may lie outside the bounds.
-        highest = None if max_scale is None else jnp.asarray(max_scale, scale.dtype)
-        return jnp.clip(scale, jnp.asarray(min_scale, scale.dtype), highest)
-
-    def update(
-        updates: optax.Updates,
-        state: AdaptOnProgressState,
-        params: optax.Params | None = None,
-        *,
-        value: Numeric | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, AdaptOnProgressState]:
-        del extra_args
-        params = _checks.params(params)
-        steps, horizon = _clock(state)
-        verdict, losses = _loss_gate.unseen(), state.losses
-        if value is not None:
-            loss = _checks.loss("value", value).astype(state.scale.dtype)
-            losses, verdict = _loss_gate.watch(losses, loss, horizon)
-        state = state._replace(losses=losses, sees_loss=jnp.asarray(value is not None))
-        state, is_cut = _cut(state, verdict, steps, horizon)
-        scale = clipped(state.scale)
-        updates, measured = _progress.step(
-            updates,
-            state.measured,
-            params,
-            momentum,
-            axis_name,
-            scale=scale,
-            # A loss that is not finite has no gradient worth following either.
-            returns=verdict.is_lost | verdict.is_missing,
-        )
-        state = state._replace(scale=scale, measured=measured)
-        change = jnp.where(is_cut, 0, _change(state, verdict, steps))
-        return updates, _changed(state, change, steps, horizon, clipped)
-
-    return _types.transformation(init, update)
+    adapter = _Adapter(momentum, target, min_scale, max_scale, axis_name, wide)
+    return _types.transformation(adapter.init, adapter.update)

@@ -311,19 +311,24 @@ class SearchingController:
         extra: ExtraArgs,
         rate: jax.Array,
     ) -> _Found:
+        """Searches, if a search is due at this step."""
+        objective = self._objective(direction, params, extra, rate.dtype)
+        interval = jnp.asarray(self.search.interval, jnp.int32)
+        return self._find(objective, rate, state.controller.step % interval == 0)
+
+    def _find(
+        self, objective: _Objective, rate: jax.Array, is_due: jax.Array
+    ) -> _Found:
         """Tries step sizes from increase_factor * rate down, until one is accepted.
 
         There is one loop, so that the loss is compiled once. Its pass 0 evaluates
-        f(x_k), and is left out where that is known. Pass n is the n-th trial. Where no
-        search is due at this step, the loop makes no pass.
+        f(x_k), and is left out where that is known. Pass n is the n-th trial. If no
+        search is due, the loop makes no pass.
         """
-        objective = self._objective(direction, params, extra, rate.dtype)
         dtype, slope, known = rate.dtype, objective.slope, objective.value
         increase = jnp.asarray(self.search.increase_factor, dtype)
         decrease = jnp.asarray(self.search.decrease_factor, dtype)
         required = jnp.asarray(self.search.sufficient_decrease, dtype)
-        interval = jnp.asarray(self.search.interval, jnp.int32)
-        is_due = state.controller.step % interval == 0
 
         def ratio(trial: jax.Array) -> jax.Array:
             return increase * decrease ** (trial - 1).astype(dtype)
