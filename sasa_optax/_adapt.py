@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _average, _checks, _loss_gate, _progress, _tree, _types
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 # Over a horizon, the logarithm of the scale changes by log(R / R*) where it rises, and
 # by a tenth of it where it falls, within these limits. A horizon is an eighth of all
@@ -144,7 +144,7 @@ def adapt_on_progress(
     min_scale: Numeric = 0.0,
     max_scale: Numeric | None = None,
     axis_name: AxisName = None,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DType | None = None,
 ) -> _types.Optimizer:
     r"""Scales the updates of any optimizer so that progress stays near its target.
 
@@ -230,8 +230,8 @@ def adapt_on_progress(
     _checks.number("min_scale", min_scale, "[0, inf)")
     if max_scale is not None:
         _checks.number("max_scale", max_scale, "(0, inf)")
-        _checks.at_least("max_scale", max_scale, "min_scale", min_scale)
-    _checks.axis_name("axis_name", axis_name)
+        _checks.exceeds("max_scale", max_scale, "min_scale", min_scale, True)
+    _checks.axis_name(axis_name)
     wide = _average.checked_dtype(dtype)
 
     def init(params: optax.Params) -> AdaptOnProgressState:

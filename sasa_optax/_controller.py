@@ -20,7 +20,7 @@ from sasa_optax import (
     _types,
     _window,
 )
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 
 class ControllerState(NamedTuple):
@@ -93,8 +93,20 @@ class RateController(Protocol):
         ...
 
 
-def as_transformation(controller: RateController) -> _types.Optimizer:
-    """The controller behind other transformations, whose updates are its direction."""
+def as_transformation(
+    controller: RateController, scales_updates: bool = False
+) -> _types.Optimizer:
+    """The controller behind other transformations, whose updates are its direction.
+
+    With ``scales_updates`` they are complete: the direction is minus the updates, and
+    what the controller calls the rate is their scale.
+    """
+
+    def shown(state: Any) -> Any:
+        return state._replace(learning_rate=None) if scales_updates else state
+
+    def init(params: optax.Params) -> Any:
+        return shown(controller.init(params))
 
     def update(
         updates: optax.Updates,
@@ -105,13 +117,13 @@ def as_transformation(controller: RateController) -> _types.Optimizer:
         value: Numeric | None = None,
         **others: Any,
     ) -> tuple[optax.Updates, Any]:
+        direction = _tree.scale(-1.0, updates) if scales_updates else updates
         extra = ExtraArgs(grad, value, 0.0, others)
-        _, updates, state = controller.step(
-            updates, state, _checks.params(params), extra
-        )
-        return updates, state
+        params = _checks.params(params)
+        _, updates, state = controller.step(direction, state, params, extra)
+        return updates, shown(state)
 
-    return _types.transformation(controller.init, update)
+    return _types.transformation(init, update)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -138,14 +150,13 @@ class Controller:
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
-        _checks.number("min_learning_rate", self.min_learning_rate, "[0, inf)")
-        _checks.number("factor", self.factor, "(0, 1)")
-        _checks.axis_name("axis_name", self.axis_name)
+        _checks.fields(self, min_learning_rate="[0, inf)", factor="(0, 1)")
+        _checks.axis_name(self.axis_name)
         # Compiled here for callers who do not compile their step. Traced anew at every
         # step, the conditional in it would be compiled anew, too.
         self._compiled = jax.jit(self._advance)
 
-    def _base_rate(self, step: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def _base_rate(self, step: jax.Array, dtype: DType) -> jax.Array:
         rate = self.learning_rate
         value = rate(step) if callable(rate) else rate
         return _checks.scalar("learning_rate", value, dtype)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sasa_optax._types import DType
+
 # Of the fast average: at least this many losses, and this share of the slow one's.
 _MIN_FAST, _FAST_SHARE = 16, 1 / 8
 # A gain counts as real when it exceeds so many standard deviations of the fast average.
@@ -17,7 +19,7 @@ _REAL = 5.0
 # The rate may rise while the loss falls by this share of the gain within a horizon.
 _FALLING = 0.02
 # So much of a real gain is lost when a rise went too far, and when the model is lost.
-_OVERSHOOT, _BRAKE = 0.1, 0.5
+OVERSHOOT, BRAKE = 0.1, 0.5
 _NUM_DEVIATIONS = 3.0
 
 
@@ -65,7 +67,7 @@ class Verdict(NamedTuple):
     is_missing: jax.Array
 
 
-def start(dtype: jax.typing.DTypeLike) -> LossState:
+def start(dtype: DType) -> LossState:
     dtypes = dict.fromkeys(LossState._fields, dtype)
     dtypes |= {"num_losses": jnp.int32, "num_missed": jnp.int32, "has_gained": bool}
     return LossState(**{name: jnp.zeros((), each) for name, each in dtypes.items()})
@@ -100,9 +102,9 @@ def watch(
     above = seen.fast - _NUM_DEVIATIONS * error
     above_best, above_first = above - best, above - first - _REAL * error_of_first
     is_falling = seen.slow - seen.fast >= _FALLING * gained
-    is_above = has_gained & (above_best > _OVERSHOOT * gained)
+    is_above = has_gained & (above_best > OVERSHOOT * gained)
     is_open = is_falling | ~has_gained
-    lost = jnp.where(has_gained, above_best > _BRAKE * gained, above_first > 0)
+    lost = jnp.where(has_gained, above_best > BRAKE * gained, above_first > 0)
     num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)
     verdict = Verdict(
         # A loss that never varies says nothing.

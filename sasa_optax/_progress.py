@@ -8,7 +8,7 @@ import optax
 
 from sasa_optax import _average, _checks, _cpu_schedule, _tree, _types
 from sasa_optax._statistics import dissipation
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 _LEAK_RATIO = 8
 
@@ -153,7 +153,7 @@ def measure_progress(
     momentum: Numeric = 0.9,
     *,
     axis_name: AxisName = None,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DType | None = None,
 ) -> _types.Optimizer:
     r"""Averages the iterates, measures progress, and leaves the updates alone.
 
@@ -209,7 +209,7 @@ def measure_progress(
       True
     """
     _checks.number("momentum", momentum, "[0, 1)")
-    _checks.axis_name("axis_name", axis_name)
+    _checks.axis_name(axis_name)
     wide = _average.checked_dtype(dtype)
 
     def init(params: optax.Params) -> ProgressState:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from sasa_optax import _checks, _types, _window
 from sasa_optax._conditional import cond
 from sasa_optax._student_t import student_t_cdf, student_t_quantile
-from sasa_optax._types import Numeric
+from sasa_optax._types import DType, Numeric
 
 
 class Samples(NamedTuple):
@@ -70,11 +70,11 @@ class TestResult(NamedTuple):
 
 
 StationarityTest = Callable[[Samples], TestResult]
-TestName = Literal["zero_mean", "equivalence", "slope"]
+TestLike = Literal["zero_mean", "equivalence", "slope"] | StationarityTest
 
 
 class MeanEstimate(NamedTuple):
-    """A mean, its standard error, and the degrees of freedom behind the latter."""
+    """A mean, its standard error, and the degrees of freedom of the latter."""
 
     mean: jax.Array
     standard_error: jax.Array
@@ -128,10 +128,9 @@ def _overlapping_batch_means(
     cumulative = jnp.concatenate([jnp.zeros_like(centred[:1]), jnp.cumsum(centred)])
     start = jnp.arange(centred.size, dtype=jnp.int32)
     end = jnp.minimum(start + batch, centred.size)
-    b, count = batch.astype(centred.dtype), (dof + 1).astype(centred.dtype)
+    n, b, m = (x.astype(centred.dtype) for x in (n, batch, dof))
     means = jnp.where(start <= dof, cumulative[end] - cumulative[start], 0) / b
-    n, m = n.astype(centred.dtype), dof.astype(centred.dtype)
-    return jnp.sum(means**2) * n * b / (count * m), dof
+    return jnp.sum(means**2) * n * b / ((m + 1) * m), dof
 
 
 _VARIANCES = {
@@ -142,22 +141,21 @@ _VARIANCES = {
 
 
 def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstimate:
-    """The mean of the window and its standard error, sigma / sqrt(n).
+    """The mean m of the n samples in a window, and its standard error sigma / sqrt(n).
 
     Args:
-      samples: the window; n samples with mean m.
+      samples: the window, with at least four samples.
       variance: how sigma^2 is estimated.
 
         - ``"iid"``: the sample variance, with n - 1 degrees of freedom.
-        - ``"batch_means"``: with b = floor(sqrt(n)) and K = floor(n / b) batch means
-          Y_i, b / (K - 1) * sum((Y_i - m)^2), with K - 1 degrees of freedom. Right for
-          correlated samples, as long as b exceeds the correlation time.
-        - ``"overlapping_batch_means"``: with all n - b + 1 means of length b,
-          n b / ((n - b + 1) (n - b)) * sum((Y_i - m)^2), n - b degrees of freedom.
+        - ``"batch_means"``: b / (K - 1) * sum((Y_i - m)^2) with b = floor(sqrt(n)) and
+          K = floor(n / b) batch means Y_i, and K - 1 degrees of freedom. It is right
+          for correlated samples while b exceeds the correlation time.
+        - ``"overlapping_batch_means"``: n b / ((n - b + 1) (n - b)) * sum((Y_i - m)^2)
+          with all n - b + 1 means of length b, and n - b degrees of freedom.
 
     Returns:
-      A `MeanEstimate` of scalars. With fewer than four samples, its fields are
-      finite but mean nothing.
+      A `MeanEstimate` of scalars.
 
     Raises:
       ValueError: if ``variance`` is none of these.
@@ -178,6 +176,23 @@ def _two_sided_p_value(distance: jax.Array, estimate: MeanEstimate) -> jax.Array
     varies = estimate.standard_error > 0
     t = distance / jnp.where(varies, estimate.standard_error, 1)
     return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), estimate.dof), 1)
+
+
+def _result(
+    estimate: MeanEstimate,
+    significance: Numeric,
+    p_value: jax.Array,
+    stationary: jax.Array,
+) -> TestResult:
+    """The result of a test with the interval of confidence 1 - significance."""
+    mean, half_width = estimate.mean, _half_width(significance, estimate)
+    return TestResult(
+        mean=mean,
+        lower=mean - half_width,
+        upper=mean + half_width,
+        p_value=p_value,
+        stationary=stationary,
+    )
 
 
 def _half_width(significance: Numeric, e: MeanEstimate) -> jax.Array:
@@ -227,26 +242,16 @@ class ZeroMeanTest:
     delta: Numeric | None = None
 
     def __post_init__(self) -> None:
-        _checks.number("significance", self.significance, "(0, 1)")
+        _checks.fields(self, significance="(0, 1)", delta="(0, inf)")
         _checks.choice("variance", self.variance, _VARIANCES)
-        if self.delta is not None:
-            _checks.number("delta", self.delta, "(0, inf)")
 
     @property
     def uses_scale(self) -> bool:
         return self.delta is not None
 
-    def _is_narrow(self, half_width: jax.Array, samples: Samples) -> Numeric:
-        if self.delta is None:
-            return True
-        assert samples.scales is not None
-        scale = _mean(samples.scales, samples.num_samples)
-        return half_width < jnp.asarray(self.delta, scale.dtype) * scale
-
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
-        half_width = _half_width(self.significance, estimate)
         half = samples.num_samples // 2
         older = _mean(samples.values, half)
         newer = _mean(samples.values, samples.num_samples, start=half)
@@ -255,20 +260,19 @@ class ZeroMeanTest:
         p_values = _two_sided_p_value(means, estimate)
         could_be_zero = p_values >= self.significance
         zero_inside = jnp.where(
-            samples.num_drops == 0,
-            could_be_zero[0] & could_be_zero[1],
-            could_be_zero[2],
+            samples.num_drops == 0, could_be_zero[:2].all(), could_be_zero[2]
         )
-        same_sign = jnp.sign(older) == jnp.sign(newer)
-        says_something = estimate.standard_error > 0
-        says_something &= self._is_narrow(half_width, samples)
-        return TestResult(
-            mean=estimate.mean,
-            lower=estimate.mean - half_width,
-            upper=estimate.mean + half_width,
-            p_value=p_values[2],
-            stationary=zero_inside & same_sign & says_something,
-        )
+        stationary = zero_inside & (jnp.sign(older) == jnp.sign(newer))
+        stationary &= self._is_narrow(estimate, samples)
+        return _result(estimate, self.significance, p_values[2], stationary)
+
+    def _is_narrow(self, estimate: MeanEstimate, samples: Samples) -> jax.Array:
+        varies = estimate.standard_error > 0
+        if samples.scales is None or self.delta is None:
+            return varies
+        scale = _mean(samples.scales, samples.num_samples)
+        bound = jnp.asarray(self.delta, scale.dtype) * scale
+        return varies & (_half_width(self.significance, estimate) < bound)
 
 
 @_types.options("variance")
@@ -298,26 +302,19 @@ class EquivalenceTest:
     uses_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.number("delta", self.delta, "(0, inf)")
-        _checks.number("significance", self.significance, "(0, 1)")
+        _checks.fields(self, delta="(0, inf)", significance="(0, 1)")
         _checks.choice("variance", self.variance, _VARIANCES)
 
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         assert samples.scales is not None
         estimate = estimate_mean(samples, self.variance)
-        half_width = _half_width(self.significance, estimate)
         delta = jnp.asarray(self.delta, estimate.mean.dtype)
         tolerance = delta * _mean(samples.scales, samples.num_samples)
         margin = tolerance - jnp.abs(estimate.mean)
         p_value = jnp.where(margin > 0, _two_sided_p_value(margin, estimate), 1)
-        return TestResult(
-            mean=estimate.mean,
-            lower=estimate.mean - half_width,
-            upper=estimate.mean + half_width,
-            p_value=p_value,
-            stationary=(p_value < self.significance) & (estimate.standard_error > 0),
-        )
+        stationary = (p_value < self.significance) & (estimate.standard_error > 0)
+        return _result(estimate, self.significance, p_value, stationary)
 
 
 @_types.options("log_steps")
@@ -344,7 +341,7 @@ class SlopeTest:
     uses_scale: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _checks.number("significance", self.significance, "(0, 1)")
+        _checks.fields(self, significance="(0, 1)")
         _checks.boolean("log_steps", self.log_steps)
 
     def __call__(self, samples: Samples) -> TestResult:
@@ -366,15 +363,9 @@ class SlopeTest:
         residual = jnp.maximum(syy - slope * sxy, jnp.finfo(dtype).tiny)
         standard_error = jnp.sqrt(residual) / jnp.sqrt(dof * sxx)
         estimate = MeanEstimate(slope, standard_error, dof)
-        half_width = _half_width(self.significance, estimate)
         p_value = student_t_cdf(slope / standard_error, dof)
-        return TestResult(
-            mean=slope,
-            lower=slope - half_width,
-            upper=slope + half_width,
-            p_value=p_value,
-            stationary=(p_value >= self.significance) & (syy > 0),
-        )
+        stationary = (p_value >= self.significance) & (syy > 0)
+        return _result(estimate, self.significance, p_value, stationary)
 
 
 _NAMED = {
@@ -384,7 +375,7 @@ _NAMED = {
 }
 
 
-def as_test(test: TestName | StationarityTest) -> StationarityTest:
+def as_test(test: TestLike) -> StationarityTest:
     """The test that was named or given."""
     if callable(test):
         return test
@@ -397,15 +388,16 @@ def uses_scale(test: StationarityTest) -> bool:
     return getattr(test, "uses_scale", True)
 
 
-def no_result(dtype: jax.typing.DTypeLike) -> TestResult:
+def no_result(dtype: DType) -> TestResult:
     """The newest result before the first test."""
-    floats = {name: jnp.zeros((), dtype) for name in ("mean", "lower", "upper")}
     return TestResult(
         at_step=jnp.zeros((), jnp.int32),
+        mean=jnp.zeros((), dtype),
+        lower=jnp.zeros((), dtype),
+        upper=jnp.zeros((), dtype),
         p_value=jnp.ones((), dtype),
         num_samples=jnp.zeros((), jnp.int32),
         stationary=jnp.zeros((), bool),
-        **floats,
     )
 
 

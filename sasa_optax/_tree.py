@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
-Pairs = Sequence[tuple[optax.Params, optax.Params]]
+Pair = tuple[optax.Params, optax.Params]
+Pairs = Sequence[Pair]
 
 
 def statistic_dtype(params: optax.Params) -> jnp.dtype:
@@ -53,7 +54,7 @@ def subtract(x: optax.Params, y: optax.Params) -> optax.Params:
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype) - y, x, y)
 
 
-def _leaf_product(x: Numeric, y: Numeric, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _leaf_product(x: Numeric, y: Numeric, dtype: DType) -> jax.Array:
     """A product and a sum, since accelerators truncate the operands of a dot."""
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(y):
         real = _leaf_product(jnp.real(x), jnp.real(y), dtype)
@@ -61,7 +62,7 @@ def _leaf_product(x: Numeric, y: Numeric, dtype: jax.typing.DTypeLike) -> jax.Ar
     return jnp.sum(jnp.asarray(x).astype(dtype) * jnp.asarray(y).astype(dtype))
 
 
-def leaf_products(pairs: Pairs, dtype: jax.typing.DTypeLike) -> list[list[jax.Array]]:
+def leaf_products(pairs: Pairs, dtype: DType) -> list[list[jax.Array]]:
     """The real part of <x, y> for each leaf: a row for each pair of trees."""
     return [
         jax.tree.leaves(jax.tree.map(lambda x, y: _leaf_product(x, y, dtype), *pair))
@@ -90,12 +91,12 @@ def sum_over(
     return summed
 
 
-def total(row: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+def total(row: Sequence[jax.Array], dtype: DType) -> jax.Array:
     return sum(row, jnp.zeros((), dtype))
 
 
 def inner_products(
-    pairs: Pairs, dtype: jax.typing.DTypeLike, axis_name: AxisName = None
+    pairs: Pairs, dtype: DType, axis_name: AxisName = None
 ) -> list[jax.Array]:
     """The real parts of <x, y> over whole trees, scalars of ``dtype``.
 

@@ -8,6 +8,7 @@ import jax
 import optax
 
 Numeric = jax.typing.ArrayLike
+DType = jax.typing.DTypeLike
 AxisName = str | tuple[str, ...] | None
 Optimizer = optax.GradientTransformationExtraArgs
 
