@@ -1,4 +1,4 @@
-"""What all benchmarks share: their results, where a number comes from, tables, pages."""
+"""What all benchmarks share: results, provenance, tables and pages."""
 
 import datetime
 import functools

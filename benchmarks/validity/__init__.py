@@ -7,7 +7,7 @@ expected excess loss is then above 1.1 times its stationary value.
 
     make validity                                          # everything, into docs/
     python -m benchmarks.validity --cells base far         # a part
-    python -m benchmarks.validity --publish                # continues an interrupted run
+    python -m benchmarks.validity --publish                # only what is missing
     python -m benchmarks.validity.progress --publish       # adapt_on_progress
     python -m benchmarks.validity.calibration              # docs/calibration.md
     python -m benchmarks.validity.collapse                 # docs/collapse.md

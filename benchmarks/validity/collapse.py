@@ -1,39 +1,42 @@
 """Does the rate collapse? SASA+ on noisy quadratics, with and without the guard.
 
 SGD with momentum on a quadratic of 20 dimensions, eigenvalues 0.01 to 1, Gaussian noise
-in the gradients. Each cut makes the dynamics 1/factor times slower, but the window that
-a test asks for stays the same unless `scale_min_samples=True`.
+in the gradients. Each cut makes the dynamics 1/factor times slower, but a test asks for
+as many samples as before, unless ``Window(scale_min_samples=True)``.
 
-    python benchmarks/collapse.py --seeds 5
+    python -m benchmarks.validity.collapse --publish       # into docs/collapse.md
+    python -m benchmarks.validity.collapse --seeds 1 --steps 30000
 """
 
 import argparse
 import functools
 import itertools
+import pathlib
 import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
-from rich.table import Table
 
 import sasa_optax
+from benchmarks import publishing
 
 EIGENVALUES = jnp.geomspace(0.01, 1.0, 20)
+STEPS, FACTORS, SAMPLES = (30_000, 300_000), (0.1, 0.5), (100, 1000)
+RESULTS = "loss", "rate", "drops"
+PART = "table"
 
 
 @functools.partial(
     jax.jit, static_argnames=("num_steps", "scaled", "samples", "factor")
 )
 def train(
-    key: jax.Array, num_steps: int, scaled: bool, samples: int, factor: float
+    key: jax.Array, num_steps: int, factor: float, samples: int, scaled: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss averaged over the last tenth, the last rate, and the number of drops."""
-    optimizer = sasa_optax.sasa_plus(
-        5.0, min_samples=samples, factor=factor, scale_min_samples=scaled
-    )
+    window = sasa_optax.Window(min_samples=samples, scale_min_samples=scaled)
+    optimizer = sasa_optax.sasa_plus(5.0, factor=factor, window=window)
     start = jnp.ones(20)
 
     def step(carry: Any, key: jax.Array) -> Any:
@@ -52,28 +55,45 @@ def train(
     return last, rate, num_drops
 
 
-def row(num_steps: int, factor: float, samples: int, scaled: bool, seeds: int) -> list:
-    keys = [jax.random.key(seed) for seed in range(seeds)]
-    runs = [train(key, num_steps, scaled, samples, factor) for key in keys]
-    losses, rates, drops = (
-        statistics.median(map(float, column)) for column in zip(*runs, strict=True)
-    )
-    settings = [f"{num_steps}", f"{factor}", f"{samples}", "yes" if scaled else "no"]
-    return [*settings, f"{losses:.3g}", f"{rates:.1e}", f"{drops:g}"]
+def medians(seeds: int, *settings: Any) -> list[str]:
+    """The results of a setting, as the table has them."""
+    runs = [train(jax.random.key(seed), *settings) for seed in range(seeds)]
+    columns = zip(*runs, strict=True)
+    loss, rate, drops = (statistics.median(map(float, column)) for column in columns)
+    return [f"{loss:.3g}", f"{rate:.1e}" if rate else "0", f"{drops:g}"]
+
+
+def table(seeds: int, all_steps: list[int]) -> str:
+    """Each line has the results without the guard, then those with it."""
+    guarded = [f"with the guard: {name}" for name in RESULTS]
+    heads = ["steps", "factor", "min_samples", *RESULTS, *guarded]
+    lines = [
+        [
+            *(f"{steps:,}", factor, samples),
+            *medians(seeds, steps, factor, samples, False),
+            *medians(seeds, steps, factor, samples, True),
+        ]
+        for steps, factor, samples in itertools.product(all_steps, FACTORS, SAMPLES)
+    ]
+    return publishing.markdown(heads, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, nargs="+", default=[30_000, 300_000])
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--publish", action="store_true", help="write into docs/")
+    page = publishing.DOCS / "collapse.md"
+    parser.add_argument("--page", type=pathlib.Path, default=page)
     args = parser.parse_args()
-    table = Table("steps", "factor", "min_samples", "guard", "loss", "rate", "drops")
-    table.title = "Medians over the seeds"
-    for settings in itertools.product(
-        args.steps, (0.1, 0.5), (100, 1000), (False, True)
-    ):
-        table.add_row(*row(*settings, args.seeds))
-    Console().print(table)
+    content = table(args.seeds, args.steps)
+    print(content)
+    if args.publish:
+        command = "python -m benchmarks.validity.collapse --publish"
+        made = publishing.made_by(command, publishing.provenance())
+        publishing.write(args.page, {PART: f"{content}\n\n{made}"})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The examples: programs to run, and what the benchmarks import from them."""
