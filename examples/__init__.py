@@ -1,1 +1,1 @@
-"""The examples: programs to run, and what the benchmarks import from them."""
+"""Programs to run, which the benchmarks import as well."""

@@ -22,7 +22,7 @@ from examples import digits, fashion_mnist
 def shuffled_rows(
     key: jax.Array, num_rows: int, batch_size: int, epochs: int
 ) -> jax.Array:
-    """Those of each mini-batch, shape (batches, batch_size), int32."""
+    """The rows of each mini-batch, shape (batches, batch_size), int32."""
     num_batches = num_rows // batch_size
 
     def epoch(key: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ def classification(
     shift: bool = False,
     **fields: Any,
 ) -> Task:
-    """Of images, with data of the examples: `train`, `validation` and `test`."""
+    """A task on images; ``splits`` has `train`, `validation` and `test`."""
     data = {
         name: tuple(jnp.asarray(x) for x in getattr(splits, name))
         for name in ("train", "validation", "test")
@@ -68,7 +68,7 @@ def classification(
 
     def evaluate(params: Params, rest: Rest, data: Data) -> tuple[jax.Array, jax.Array]:
         def error(images: jax.Array, labels: jax.Array) -> jax.Array:
-            # In parts that stay in the cache.
+            # One part after the other, each small enough to stay in the cache.
             logits = jax.lax.map(
                 lambda image: predict(params, rest, image[None])[0],
                 images,
@@ -115,7 +115,7 @@ class Mlp(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """As slices and a matrix product, with padding "SAME".
+    """A convolution with padding "SAME", as slices and a matrix product.
 
     XLA's own is ten times slower inside a loop on a CPU.
     """
@@ -142,7 +142,7 @@ class Convolution(nnx.Module):
 
 
 class Cnn(nnx.Module):
-    """That of the example: two convolutions with batch norm, dropout, logits."""
+    """The network of the example: two convolutions with batch norm, dropout, logits."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv1 = Convolution(1, 16, size=4, stride=4, rngs=rngs)

@@ -20,7 +20,7 @@ def plain(
     num_steps: int,
     unit: str,
 ) -> Task:
-    """A loss of parameters, data and a key, whose expectation is known."""
+    """A task whose loss depends on parameters, data and a key."""
     steps_per_record = num_steps // 20
 
     def draw(key: jax.Array, data: Data) -> Batch:
@@ -49,11 +49,11 @@ def plain(
 
 
 def negative_elbo() -> Task:
-    """The example's: what is evaluated is minus the exact ELBO, per row."""
+    """The fit of the example, evaluated by the exact negative ELBO per row."""
     problem = elbo.draw_problem(0)
     residual = problem.targets - problem.features @ problem.mean
     log_det = float(np.linalg.slogdet(problem.precision)[1])
-    # log N(targets; 0, noise^2 I + features features^T), by the posterior.
+    # log N(targets; 0, noise^2 I + features features^T), from the posterior.
     log_evidence = -0.5 * float(
         np.sum(residual**2) / elbo.NOISE**2
         + np.sum(problem.mean**2)
@@ -114,9 +114,9 @@ def least_squares() -> Task:
 
 
 def factorization() -> Task:
-    """A matrix of rank 5 and noise, fitted with rank 5 from entries drawn at random.
+    """A matrix of rank 5 plus noise, fitted with rank 5 from random entries.
 
-    The smallest expected loss is known: it is what the other singular values leave.
+    The smallest expected loss is known from the singular values that are left out.
     """
     rows, columns, rank, batch_size, noise = 100, 80, 5, 256, 0.1
     random = np.random.default_rng(0)
@@ -134,8 +134,8 @@ def factorization() -> Task:
         at = jax.random.randint(key, (batch_size,), 0, rows * columns)
         i, j = at // columns, at % columns
         fitted = jnp.sum(params["left"][i] * params["right"][j], axis=1)
-        # Times a constant, or the curvature along a row's factors were that of one row
-        # in a hundred.
+        # Without the factor, the curvature would be small: a mini-batch has few entries
+        # of each row.
         return 20 * jnp.mean((fitted - matrix[i, j]) ** 2)
 
     def expected(params: Params, matrix: Data) -> jax.Array:

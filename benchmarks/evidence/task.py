@@ -23,23 +23,23 @@ class Task:
     """What is minimised, on which data, for how long.
 
     Attributes:
-      name: as results have it.
-      unit: of what is evaluated; the less the better.
-      tolerance: how far from the best tuned baseline counts as equal: that much, if
-        the unit is "% error", else that share of the best loss.
-      data: arrays, on the device.
-      init: from a seed to the parameters, and the rest of the model.
-      draw: from a key and the data to the mini-batches of a record.
-      loss: of a mini-batch, in training mode; with the rest of the model after it.
+      name: the name in the results.
+      unit: the unit of the test metric, which is better the smaller it is.
+      tolerance: the distance from the best tuned baseline that counts as none: in
+        points if the unit is "% error", else as a share of the best loss.
+      data: arrays on the device.
+      init: maps a seed to the parameters and the rest of the model.
+      draw: maps a key and the data to the mini-batches of a record.
+      loss: the loss of a mini-batch in training mode, and the rest of the model after.
       value: the same loss as a deterministic function, for a line search.
-      evaluate: on validation data, which chooses rates, and on test data, which is
-        reported. Where the expected loss is known both are that.
+      evaluate: the metric on validation data, which chooses rates, and on test data,
+        which is reported. Both are the expected loss where that is known.
       steps_per_epoch: None where there are no epochs.
-      steps_per_record: between evaluations.
-      budgets: of steps, the least first.
-      weight_decay: of momentum SGD, coupled.
-      decoupled_decay: of AdamW and its kin.
-      has_running_averages: whether an averaged model needs its own.
+      steps_per_record: the number of steps between evaluations.
+      budgets: numbers of steps, the smallest first.
+      weight_decay: the coupled decay of momentum SGD.
+      decoupled_decay: the decay of AdamW and its kin.
+      has_running_averages: whether an averaged model needs running averages of its own.
     """
 
     name: str
@@ -72,7 +72,7 @@ def model_functions(
     make: Callable[[nnx.Rngs], nnx.Module],
     loss_fn: Callable[[Any, Batch, Data], jax.Array],
 ) -> dict[str, Any]:
-    """`init`, `loss` and `value` of a Flax model."""
+    """`init`, `loss`, `value` and the predictions of a Flax model."""
     model = make(nnx.Rngs(0))
     model.train()
     training = nnx.split(model, nnx.Param, ...)[0]

@@ -70,15 +70,15 @@ def language_model(
     budgets: tuple[int, ...],
 ) -> Task:
     """A transformer on windows of a text, drawn at random."""
-    # There are no epochs here; but to be told nothing, in so short a run, means to do
-    # nothing. So ours are told the steps between two evaluations.
+    # There are no epochs here. But a method of this library that is told nothing does
+    # nothing in so short a run, so it is told the steps between two evaluations.
     held_out = texts["held_out"]
     starts = np.arange(0, len(held_out) - context - 1, context)
     windows = held_out[starts[:, None] + np.arange(context + 1)]
     others = np.delete(windows, slice(None, None, 4), axis=0)
     data = {
         "train": jnp.asarray(texts["train"]),
-        # Every fourth to choose by, the others to report.
+        # Every fourth window chooses the rates, the others are reported.
         "validation": jnp.asarray(windows[::4][: num_test // 4]),
         "test": jnp.asarray(others[:num_test]),
     }
@@ -122,7 +122,7 @@ def language_model(
 
 
 def char_transformer() -> Task:
-    """On the modules of the example, of which it sees less than all."""
+    """A task on the modules of the example, of which it sees a part."""
     return language_model(
         "char-transformer",
         {
@@ -143,7 +143,7 @@ def char_transformer() -> Task:
 def standard_library() -> dict[str, np.ndarray]:
     """Every module of Python's standard library, its tests included, as bytes.
 
-    Some 30 MB where the tests are installed. Every fiftieth file is held out.
+    It has some 30 MB where the tests are installed. Every fiftieth file is held out.
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     files = sorted(
@@ -158,7 +158,7 @@ def standard_library() -> dict[str, np.ndarray]:
 
 
 def byte_gpt() -> Task:
-    """On random windows of the standard library, of which it sees a quarter."""
+    """A task on windows of the standard library, of which it sees a quarter."""
     return language_model(
         "byte-gpt",
         standard_library(),
