@@ -211,5 +211,3 @@ def fashion_cnn() -> Task:
         decoupled_decay=0.1,
         has_running_averages=True,
     )
-
-

@@ -150,5 +150,3 @@ def factorization() -> Task:
         num_steps=20_000,
         unit="loss",
     )
-
-

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.evidence.task import (
+    Batch,
     Data,
     Params,
     Rest,
@@ -171,5 +172,3 @@ def byte_gpt() -> Task:
         num_test=512,
         budgets=(750, 1500, 3000),
     )
-
-
