@@ -15,7 +15,7 @@ from sasa_optax._average import maybe_averaged
 from sasa_optax._controller import Controller, as_transformation
 from sasa_optax._momentum import with_momentum
 from sasa_optax._moved_keywords import names_moved_keywords
-from sasa_optax._stationarity import EquivalenceTest, TestLike
+from sasa_optax._stationarity import TestLike
 from sasa_optax._statistics import (
     Statistic,
     StatisticLike,
@@ -205,7 +205,7 @@ def sasa(
     steps_per_epoch: int | None = None,
     factor: Numeric = 0.1,
     min_learning_rate: Numeric = 0.0,
-    test: TestLike = EquivalenceTest(),
+    test: TestLike = "equivalence",
     window: Window = Window(leak_ratio=2),
     average: bool = False,
     axis_name: AxisName = None,
@@ -227,8 +227,8 @@ def sasa(
 
     Args:
       momentum, weight_decay: see `qhm`.
-      test: see `scale_by_sasa_plus`. Default ``EquivalenceTest()``, which has the
-        authors' delta of 0.02 and significance of 0.2.
+      test: see `scale_by_sasa_plus`. Default "equivalence": an `EquivalenceTest` with
+        the authors' delta of 0.02 and significance of 0.2.
       window: see `scale_by_sasa_plus`. Default ``Window(leak_ratio=2)``: the newer half
         of the samples since the last drop, as the authors have it.
       learning_rate, steps_per_epoch, factor, min_learning_rate, average, axis_name: see

@@ -7,7 +7,7 @@ from sasa_optax._average import maybe_averaged
 from sasa_optax._momentum import with_momentum
 from sasa_optax._moved_keywords import names_moved_keywords
 from sasa_optax._sasa import make_controller
-from sasa_optax._stationarity import SlopeTest, TestLike
+from sasa_optax._stationarity import TestLike
 from sasa_optax._statistics import loss_statistic
 from sasa_optax._types import AxisName, Numeric
 from sasa_optax._window import Window
@@ -23,7 +23,7 @@ def slope(
     steps_per_epoch: int | None = None,
     factor: Numeric = 0.5,
     min_learning_rate: Numeric = 0.0,
-    test: TestLike = SlopeTest(),
+    test: TestLike = "slope",
     window: Window = Window(),
     average: bool = False,
     axis_name: AxisName = None,
@@ -38,7 +38,7 @@ def slope(
 
     Args:
       factor: what a drop multiplies the rate by, in (0, 1). Default 0.5.
-      test: see `scale_by_sasa_plus`. Default ``SlopeTest()``.
+      test: see `scale_by_sasa_plus`. Default "slope".
       learning_rate, momentum, nu, weight_decay, steps_per_epoch, min_learning_rate,
         window, average, axis_name: see `sasa_plus`.
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 import optax
 
-Numeric = jax.typing.ArrayLike
+# The real part of `jax.typing.ArrayLike`; Python takes an int or a bool for a float.
+Numeric = jax.Array | np.ndarray | np.bool_ | np.integer | np.floating | float
 DType = jax.typing.DTypeLike
 AxisName = str | tuple[str, ...] | None
 Optimizer = optax.GradientTransformationExtraArgs
