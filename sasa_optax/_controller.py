@@ -128,7 +128,7 @@ def as_transformation(
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Controller:
-    """Turns a direction d into the update -learning_rate * d, and tends the rate.
+    """Turns a direction d into the update -learning_rate * d, and cuts the rate.
 
     Attributes:
       learning_rate: a number or a schedule.
@@ -152,8 +152,8 @@ class Controller:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
         _checks.fields(self, min_learning_rate="[0, inf)", factor="(0, 1)")
         _checks.axis_name(self.axis_name)
-        # Compiled here for callers who do not compile their step. Traced anew at every
-        # step, the conditional in it would be compiled anew, too.
+        # For callers who do not compile their step: without this, the conditional in it
+        # would be traced and compiled at every step.
         self._compiled = jax.jit(self._advance)
 
     def _base_rate(self, step: jax.Array, dtype: DType) -> jax.Array:
