@@ -1,5 +1,6 @@
 """Every public optimizer, ready for tests that treat them all alike."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +10,20 @@ import jax.numpy as jnp
 import optax
 
 import sasa_optax
+from sasa_optax import Window
 
 Optimizer = optax.GradientTransformationExtraArgs
 
+_DEFAULT_WINDOW = Window()
 # Small enough that a test comes within a few steps.
-SMALL: dict[str, Any] = {
-    "min_samples": 4,
-    "test_interval": 1,
-    "leak_ratio": 1,
-    "max_window": 32,
-}
+SMALL_WINDOW = Window(leak_ratio=1, min_samples=4, test_interval=1, max_window=32)
+SMALL: dict[str, Any] = {"window": SMALL_WINDOW}
+
+
+def smaller(**changes: Any) -> dict[str, Any]:
+    """`SMALL` with other values for some fields of its window."""
+    return {"window": dataclasses.replace(SMALL_WINDOW, **changes)}
+
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
@@ -36,21 +41,11 @@ def squares(tree: Any) -> jax.Array:
 
 def _slope(
     learning_rate: float = 1.0,
-    min_samples: int | None = None,
-    test_interval: int | None = None,
-    leak_ratio: int = 8,
-    max_window: int = 16384,
+    window: Window = _DEFAULT_WINDOW,
     axis_name: str | None = None,
 ) -> Optimizer:
     """SLOPE with a loss of its own, that of the gradients, bad where they are."""
-    optimizer = sasa_optax.slope(
-        learning_rate,
-        min_samples=min_samples,
-        test_interval=test_interval,
-        leak_ratio=leak_ratio,
-        max_window=max_window,
-        axis_name=axis_name,
-    )
+    optimizer = sasa_optax.slope(learning_rate, window=window, axis_name=axis_name)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         extra_args["value"] = squares(updates)
@@ -72,28 +67,16 @@ def _searching(optimizer: Optimizer) -> Optimizer:
 def _salsa(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     def made(
         learning_rate: float = 1.0,
-        min_samples: int | None = None,
-        test_interval: int | None = None,
-        leak_ratio: int = 8,
-        max_window: int = 16384,
+        window: Window = _DEFAULT_WINDOW,
         axis_name: str | None = None,
     ) -> Optimizer:
-        return _searching(
-            make(
-                learning_rate,
-                min_samples=min_samples,
-                test_interval=test_interval,
-                leak_ratio=leak_ratio,
-                max_window=max_window,
-                axis_name=axis_name,
-            )
-        )
+        return _searching(make(learning_rate, window=window, axis_name=axis_name))
 
     return made
 
 
 def _windowless(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """One that has no use for the arguments in `SMALL`."""
+    """An optimizer that has no use for the arguments in `SMALL`."""
 
     def made(**arguments: Any) -> Optimizer:
         kept = {name: x for name, x in arguments.items() if name not in SMALL}
@@ -194,6 +177,19 @@ DECISIONS = (
 def decided(state: Any) -> dict[str, Any]:
     found = {field: optax.tree.get(state, field) for field in DECISIONS}
     return {field: x for field, x in found.items() if x is not None}
+
+
+def without_momentum(state: Any) -> Any:
+    """The state without the trace, which alone may hold what is not finite."""
+
+    def is_momentum(node: Any) -> bool:
+        return isinstance(node, sasa_optax.MomentumState)
+
+    return jax.tree.map(
+        lambda node: node.controller if is_momentum(node) else node,
+        state,
+        is_leaf=is_momentum,
+    )
 
 
 ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {

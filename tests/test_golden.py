@@ -31,15 +31,20 @@ def _load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return trace, json.loads(str(trace.pop("meta")))
 
 
-_OUR_NAMES = {
+# statopt's arguments under our names, by the object that has them as a field.
+_OF_OPTIMIZER = {
     "lr": "learning_rate",
     "momentum": "momentum",
     "qhm_nu": "nu",
     "weight_decay": "weight_decay",
+}
+_OF_WINDOW = {
     "minN_stats": "min_samples",
     "testfreq": "test_interval",
     "warmup": "warmup_steps",
     "leak_ratio": "leak_ratio",
+}
+_OF_SEARCH = {
     "gamma": "smoothing",
     "ls_sdc": "sufficient_decrease",
     "ls_max": "max_trials",
@@ -47,8 +52,24 @@ _OUR_NAMES = {
 
 
 def _arguments(meta: dict[str, Any]) -> dict[str, Any]:
-    """statopt's arguments under our names."""
-    return {_OUR_NAMES[name]: x for name, x in meta["statopt_kwargs"].items()}
+    """The arguments of our optimizer that correspond to statopt's."""
+    given = meta["statopt_kwargs"]
+
+    def named(names: dict[str, str]) -> dict[str, Any]:
+        return {ours: given[name] for name, ours in names.items() if name in given}
+
+    arguments = named(_OF_OPTIMIZER)
+    window, search = named(_OF_WINDOW), named(_OF_SEARCH)
+    assert len(arguments) + len(window) + len(search) == len(given)
+    if window:
+        arguments["window"] = sasa_optax.Window(**window, max_window=2048)
+    if search:
+        arguments["search"] = sasa_optax.LineSearch(**search)
+    return arguments
+
+
+def _zero_mean(meta: dict[str, Any]) -> sasa_optax.ZeroMeanTest:
+    return sasa_optax.ZeroMeanTest(variance=_VARIANCE[meta["var_mode"]])
 
 
 def _run(
@@ -140,9 +161,7 @@ def _assert_samples_and_tests(
 )
 def test_sasa_plus(name: str) -> None:
     trace, meta = _load(name)
-    optimizer = sasa_optax.sasa_plus(
-        **_arguments(meta), variance=_VARIANCE[meta["var_mode"]], max_window=2048
-    )
+    optimizer = sasa_optax.sasa_plus(**_arguments(meta), test=_zero_mean(meta))
     weights, seen = _run(optimizer, trace, meta, _see)
     compared = _assert_drops(seen[0], trace, meta)
     _assert_samples_and_tests(seen, trace, meta, compared)
@@ -162,9 +181,7 @@ def test_ssls() -> None:
 @pytest.mark.parametrize("name", ["salsa_iid", "salsa_batch_means"])
 def test_salsa(name: str) -> None:
     trace, meta = _load(name)
-    optimizer = sasa_optax.salsa(
-        **_arguments(meta), variance=_VARIANCE[meta["var_mode"]], max_window=2048
-    )
+    optimizer = sasa_optax.salsa(**_arguments(meta), test=_zero_mean(meta))
     weights, seen = _run(optimizer, trace, meta, _see)
     compared = _assert_drops(seen[0], trace, meta)
     _assert_samples_and_tests(seen, trace, meta, compared)
@@ -182,7 +199,7 @@ def _first_step_without_decrease(
     weights: np.ndarray, trace: dict[str, np.ndarray], meta: dict[str, Any]
 ) -> int:
     """Where SciPy's regression says that the losses of a trace no longer fall."""
-    arguments = _arguments(meta)
+    given = meta["statopt_kwargs"]
     losses: list[float] = []
     before = np.concatenate([trace["w0"][None], weights])
     for w, rows in zip(before, trace["order"], strict=False):
@@ -192,9 +209,9 @@ def _first_step_without_decrease(
         else:
             log_probs = scipy.special.log_softmax(outputs, axis=1)
             loss = -np.mean(log_probs[np.arange(len(rows)), trace["y"][rows]])
-        losses.append(loss + arguments["weight_decay"] / 2 * np.sum(w**2))
-        kept = -(-len(losses) // arguments["leak_ratio"])
-        if kept > arguments["min_samples"]:
+        losses.append(loss + given["weight_decay"] / 2 * np.sum(w**2))
+        kept = -(-len(losses) // given["leak_ratio"])
+        if kept > given["minN_stats"]:
             line = scipy.stats.linregress(
                 np.arange(kept), losses[-kept:], alternative="less"
             )
@@ -206,7 +223,7 @@ def _first_step_without_decrease(
 @pytest.mark.usefixtures("x64")
 def test_slope() -> None:
     trace, meta = _load("slope_linear")
-    optimizer = sasa_optax.slope(**_arguments(meta), max_window=2048)
+    optimizer = sasa_optax.slope(**_arguments(meta))
     weights, metrics = _run(optimizer, trace, meta, sasa_optax.metrics)
     _assert_drops(metrics, trace, meta)
     np.testing.assert_allclose(weights[499::500], trace["params_every_500"], atol=1e-10)

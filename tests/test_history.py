@@ -23,6 +23,7 @@ _KEYS = {
     "learning_rate",
     "scale",
     "num_drops",
+    "last_drop",
     "num_nonfinite",
     "test_step",
     "test_mean",
@@ -41,9 +42,10 @@ def _eager(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 
 
 def _train(record_every: int, num_steps: int = 60) -> sasa_optax.History:
-    optimizer = sasa_optax.sasa_plus(
-        1.0, test=_eager, min_samples=10, leak_ratio=2, test_interval=5, max_window=16
+    window = sasa_optax.Window(
+        min_samples=10, leak_ratio=2, test_interval=5, max_window=16
     )
+    optimizer = sasa_optax.sasa_plus(1.0, test=_eager, window=window)
     state, history = optimizer.init(_PARAMS), sasa_optax.History()
     update = jax.jit(optimizer.update)
     for step in range(1, num_steps + 1):
@@ -131,9 +133,10 @@ def test_a_drop_explains_itself() -> None:
 
 
 def test_record_returns_the_drop_once() -> None:
-    optimizer = sasa_optax.scale_by_sasa_plus(
-        1.0, test=_eager, min_samples=4, leak_ratio=1, test_interval=1, max_window=5
+    window = sasa_optax.Window(
+        min_samples=4, leak_ratio=1, test_interval=1, max_window=5
     )
+    optimizer = sasa_optax.scale_by_sasa_plus(1.0, test=_eager, window=window)
     state, history, returned = optimizer.init(_PARAMS), sasa_optax.History(), []
     for _ in range(6):
         _, state = optimizer.update(_PARAMS, state, _PARAMS)
@@ -232,9 +235,10 @@ def _salsa_run(
     falls: Callable[[int], bool], record_every: int, num_steps: int = 60
 ) -> sasa_optax.History:
     """Losses that fall while ``falls`` says so, and a test that fires at step 40."""
-    optimizer = sasa_optax.salsa(
-        test=_eager, min_samples=5, leak_ratio=1, test_interval=40, max_window=64
+    window = sasa_optax.Window(
+        min_samples=5, leak_ratio=1, test_interval=40, max_window=64
     )
+    optimizer = sasa_optax.salsa(test=_eager, window=window)
     history = sasa_optax.History()
     state = optimizer.init(_PARAMS)
 

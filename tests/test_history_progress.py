@@ -357,9 +357,10 @@ def _eager(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 
 
 def test_a_controller_beside_measured_progress_has_both_pictures() -> None:
-    controller = sasa_optax.sasa_plus(
-        1.0, test=_eager, min_samples=10, leak_ratio=2, test_interval=5, max_window=16
+    window = sasa_optax.Window(
+        min_samples=10, leak_ratio=2, test_interval=5, max_window=16
     )
+    controller = sasa_optax.sasa_plus(1.0, test=_eager, window=window)
     optimizer = optax.chain(controller, sasa_optax.measure_progress())
     state, history = optimizer.init(_PARAMS), sasa_optax.History()
     update = jax.jit(optimizer.update)

@@ -1,6 +1,7 @@
 """The statistics, against their definitions and against closed forms."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import sasa_optax
+from sasa_optax import _stationarity
 
 _PARAMS = {"w": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "b": [jnp.array(0.5)]}
 
@@ -110,7 +112,8 @@ def test_yaida_statistic_follows_its_definition() -> None:
 @pytest.mark.parametrize("name", ["sasa", "sasa_plus"])
 def test_statistics_have_mean_zero_at_stationarity(name: str) -> None:
     """Noisy gradients of a quadratic, long after the start; 5 standard errors."""
-    optimizer = getattr(sasa_optax, name)(0.2, momentum=0.5, min_samples=16383)
+    window = sasa_optax.Window(min_samples=16383)
+    optimizer = getattr(sasa_optax, name)(0.2, momentum=0.5, window=window)
     curvature = jnp.array([0.3, 1.0, 2.0])
 
     def step(carry: Any, noise: jax.Array) -> Any:
@@ -131,14 +134,23 @@ def test_statistics_have_mean_zero_at_stationarity(name: str) -> None:
     assert error < 0.05
 
 
+def _sampled(
+    statistic: sasa_optax.Statistic, transition: sasa_optax.Transition, state: Any = ()
+) -> sasa_optax.Sample:
+    """What the statistic records of a transition, computed as the controller does."""
+    products = transition.inner_products(*statistic.pairs(transition, state))
+    return statistic.sample(products, transition, state)[0]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_low_precision_is_widened_before_it_is_summed(dtype: Any) -> None:
     # The square of 1 + eps needs twice the digits of the type.
     x = jnp.full(2, 1 + jnp.finfo(dtype).eps, dtype)
     transition = sasa_optax.Transition(x, x, x, x, jnp.float32(0.5), None)
-    sample = sasa_optax.master_statistic(transition)
+    sample = _sampled(sasa_optax.master_statistic(momentum=0.5), transition)
     exact = 2 * float(x[0]) ** 2
     np.testing.assert_allclose(sample.value, 1.25 * exact, rtol=1e-7)
+    np.testing.assert_allclose(sample.scale, 3 * 0.25 * exact, rtol=1e-7)
     chex.assert_type([sample.value, sample.scale], jnp.float32)
 
 
@@ -147,7 +159,7 @@ def test_complex_parameters_count_by_their_real_inner_product() -> None:
     d = jnp.array([0.5 - 1j, 2 + 1j])
     transition = sasa_optax.Transition(None, x, d, d, jnp.float32(0.1), None)
     expected = np.vdot(x, d).real + 0.05 * np.linalg.norm(d) ** 2
-    sample = sasa_optax.master_statistic(transition)
+    sample = _sampled(sasa_optax.master_statistic(), transition)
     np.testing.assert_allclose(sample.value, expected, rtol=1e-6)
     chex.assert_type(sample.value, jnp.float32)
 
@@ -155,23 +167,28 @@ def test_complex_parameters_count_by_their_real_inner_product() -> None:
 # The statistic that is measured from an average.
 
 
-def _transition(x: Any, centre: Any, direction: Any, rate: float, weight: float) -> Any:
-    x, centre, direction = map(jnp.asarray, (x, centre, direction))
-    dtype = x.dtype
+def _transition(x: Any, direction: Any, rate: float) -> sasa_optax.Transition:
+    x, direction = map(jnp.asarray, (x, direction))
     return sasa_optax.Transition(
         params=x,
         new_params=x - rate * direction,
         direction=direction,
         grad=direction,
-        learning_rate=jnp.asarray(rate, dtype),
+        learning_rate=jnp.asarray(rate, x.dtype),
         value=None,
-        centre=centre,
-        centre_weight=jnp.asarray(weight, dtype),
     )
 
 
+def _centred_at(centre: Any, weight: float) -> sasa_optax.AverageState:
+    """A centre that the next iterate enters with this weight, one of at most 1/32."""
+    # The weight of the step k + 1 is 2 / (k + 1).
+    return sasa_optax.AverageState(jnp.int32(2 / weight - 1), jnp.asarray(centre))
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("rate", "weight"), [(0.3, 0.01), (2.0, 0.5), (1e-4, 1.0)])
+@pytest.mark.parametrize(
+    ("rate", "weight"), [(0.3, 1 / 50), (2.0, 1 / 32), (1e-4, 1 / 500)]
+)
 def test_centred_statistic_is_the_change_of_the_squared_distance(
     rate: float, weight: float
 ) -> None:
@@ -179,12 +196,17 @@ def test_centred_statistic_is_the_change_of_the_squared_distance(
     new_x = x - rate * d
     new_c = c + weight * (new_x - c)
     statistic = sasa_optax.centred_statistic(momentum=0.0)
-    sample = statistic(_transition(x, c, d, rate, weight))
+    transition, centre = _transition(x, d, rate), _centred_at(c, weight)
+    sample = _sampled(statistic, transition, centre)
     change = np.sum((new_x - new_c) ** 2) - np.sum((x - c) ** 2)
     assert float(sample.value) == pytest.approx(-change / (2 * rate))
     lag = (1 - (1 - weight) ** 2) / (2 * rate) * np.sum((new_x - c) ** 2)
     noise = rate / 2 * np.sum(d**2)
     assert float(sample.scale) == pytest.approx(noise - 3 * lag)
+    products = transition.inner_products(*statistic.pairs(transition, centre))
+    _, after = statistic.sample(products, transition, centre)
+    np.testing.assert_allclose(after.averaged, new_c, rtol=1e-12)
+    assert int(after.num_averaged) == int(centre.num_averaged) + 1
 
 
 @pytest.mark.usefixtures("x64")
@@ -202,8 +224,13 @@ def test_centred_statistic_measures_from_what_the_state_averages() -> None:
     np.testing.assert_allclose(_recorded(state, 80), expected, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "make", [sasa_optax.master_statistic, sasa_optax.centred_statistic]
+)
 @pytest.mark.parametrize(("momentum", "nu"), [(0.9, 1.0), (0.9, 0.7), (0.5, 0.5)])
-def test_its_noise_is_that_of_the_gradient(momentum: float, nu: float) -> None:
+def test_the_scale_is_the_noise_of_the_gradient(
+    make: Callable[..., sasa_optax.Statistic], momentum: float, nu: float
+) -> None:
     """Whatever the momentum: the direction's answer to a unit impulse, squared."""
     gradients = np.append(1.0, np.zeros(999))
     h, answer = 0.0, []
@@ -211,10 +238,38 @@ def test_its_noise_is_that_of_the_gradient(momentum: float, nu: float) -> None:
         h = (1 - momentum) * g + momentum * h
         answer.append((1 - nu) * g + nu * h)
     direction = np.array([np.sqrt(np.sum(np.square(answer)))], np.float32)
-    zero = np.zeros(1, np.float32)
-    transition = _transition(-direction, zero, -direction, 1.0, 0.1)
-    sample = sasa_optax.centred_statistic(momentum, nu)(transition)
+    # Such that the step ends at the centre, and nothing lags.
+    transition = _transition(direction, direction, 1.0)
+    statistic = make(momentum, nu)
+    state = statistic.init(jnp.zeros(1))
+    sample = _sampled(statistic, transition, state)
     assert float(sample.scale) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_yaida_statistic_has_the_same_scale_as_the_master_statistic() -> None:
+    x, d = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    transition = _transition(x, d, 0.3)
+    yaida, master = (
+        _sampled(make(momentum=0.8), transition)
+        for make in (sasa_optax.yaida_statistic, sasa_optax.master_statistic)
+    )
+    assert float(yaida.scale) == pytest.approx(9 * 0.15 * np.sum(d**2), rel=1e-6)
+    assert float(yaida.scale) == float(master.scale)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "test"),
+    [
+        (sasa_optax.master_statistic(), sasa_optax.ZeroMeanTest()),
+        (sasa_optax.yaida_statistic(), sasa_optax.EquivalenceTest(delta=0.02)),
+        (sasa_optax.centred_statistic(), sasa_optax.EquivalenceTest(delta=0.35)),
+        (sasa_optax.loss_statistic(), sasa_optax.SlopeTest()),
+    ],
+)
+def test_each_statistic_names_the_test_that_it_is_meant_for(
+    statistic: sasa_optax.Statistic, test: sasa_optax.StationarityTest
+) -> None:
+    assert _stationarity.as_test(statistic.test) == test
 
 
 @pytest.mark.parametrize("shift", [4096.0, -(2.0**16)])
@@ -222,17 +277,21 @@ def test_centred_statistic_is_exactly_invariant_under_translation(shift: float) 
     """In numbers that are exact, and so is all that is made of them here."""
     x, c, d = np.random.default_rng(0).integers(-8, 8, (3, 9)).astype(np.float32) / 8
     statistic = sasa_optax.centred_statistic()
-    here = statistic(_transition(x, c, d, 0.5, 0.25))
-    there = statistic(_transition(x + shift, c + shift, d, 0.5, 0.25))
+    here = _sampled(statistic, _transition(x, d, 0.5), _centred_at(c, 1 / 64))
+    there = _sampled(
+        statistic, _transition(x + shift, d, 0.5), _centred_at(c + shift, 1 / 64)
+    )
     chex.assert_trees_all_equal(here, there)
-    moved = sasa_optax.master_statistic(_transition(x + shift, c, d, 0.5, 0.25))
+    master = sasa_optax.master_statistic()
+    moved = _sampled(master, _transition(x + shift, d, 0.5))
     assert abs(float(moved.value) - float(here.value)) > 100
 
 
 @functools.cache
 def _far(distance: float) -> Any:
     """The window after 20,000 steps on a quadratic, from its optimum."""
-    optimizer = sasa_optax.sasa_plus(0.2, 0.5, statistic="centred", min_samples=16383)
+    window = sasa_optax.Window(min_samples=16383)
+    optimizer = sasa_optax.sasa_plus(0.2, 0.5, statistic="centred", window=window)
     curvature = jnp.array([0.3, 1.0, 2.0])
     noise = jax.random.normal(jax.random.key(1), (20000, 3))
 
@@ -262,8 +321,8 @@ def test_centred_statistic_has_mean_zero_wherever_the_optimum_is(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("horizon", [20.0, 500.0])
-def test_its_scale_at_stationarity_is_the_closed_form(horizon: float) -> None:
+@pytest.mark.parametrize("horizon", [32, 500])
+def test_its_scale_at_stationarity_is_the_closed_form(horizon: int) -> None:
     """Plain SGD in one dimension is AR(1), and so is its distance from an average."""
     rate, curvature, optimum, steps = 0.05, 1.0, 7.0, 400_000
     phi, weight = 1 - rate * curvature, 1 / horizon
@@ -272,7 +331,8 @@ def test_its_scale_at_stationarity_is_the_closed_form(horizon: float) -> None:
     def step(carry: Any, noise: jax.Array) -> Any:
         x, c = carry
         direction = curvature * (x - optimum) + noise
-        sample = statistic(_transition(x, c, direction, rate, weight))
+        transition = _transition(x, direction, rate)
+        sample = _sampled(statistic, transition, _centred_at(c, weight))
         new_x = x - rate * direction
         return (new_x, c + weight * (new_x - c)), sample
 
@@ -294,8 +354,9 @@ def test_its_scale_at_stationarity_is_the_closed_form(horizon: float) -> None:
 
 def _drifting(velocity: Any, **arguments: Any) -> Any:
     """After 12,000 steps of noise and a velocity, a function of the step."""
+    window = sasa_optax.Window(min_samples=200)
     optimizer = sasa_optax.sasa_plus(
-        0.1, statistic="centred", min_samples=200, **arguments
+        0.1, statistic="centred", window=window, **arguments
     )
 
     def step(carry: Any, row: Any) -> Any:
@@ -317,7 +378,7 @@ def test_under_a_steady_drift_the_centre_lags_and_nothing_fires() -> None:
     x, state = _drifting(lambda k: 0.03)
     assert int(state.num_drops) == 0
     # By a third of the way: the weights of the newest half grow with the step.
-    lag = np.asarray(x - state.centre.averaged)
+    lag = np.asarray(x - state.statistic.averaged)
     np.testing.assert_allclose(lag, 12_000 * 0.03 / 3, rtol=0.1)
 
 
@@ -328,31 +389,18 @@ def test_a_drift_at_constant_distance_is_seen_by_the_lag_alone() -> None:
     assert int(fooled.num_drops) > 0
     x, state = _drifting(lambda k: 20 / k)
     assert int(state.num_drops) == 0
-    lag = np.asarray(x - state.centre.averaged)
+    lag = np.asarray(x - state.statistic.averaged)
     assert lag.mean() == pytest.approx(10, rel=0.2)
     assert np.all(np.asarray(state.window.buffer)[1, 1000:12_000] < 0)
 
 
-def test_the_centre_is_shared_with_an_average_over_the_newest_half() -> None:
+def test_the_centre_takes_one_copy_of_the_parameters() -> None:
     def copies(**arguments: Any) -> int:
-        optimizer = sasa_optax.sasa_plus(1.0, statistic="centred", **arguments)
-        state = optimizer.init(jnp.zeros(77)).controller
-        return sum(x.shape == (77,) for x in jax.tree.leaves(state))
+        optimizer = sasa_optax.scale_by_sasa_plus(1.0, **arguments)
+        leaves = jax.tree.leaves(optimizer.init(jnp.zeros(77)))
+        return sum(x.shape == (77,) for x in leaves)
 
-    assert copies() == 1
-    assert copies(average=True) == 2
-    assert copies(average=True, leak_ratio=2) == 1
-
-
-def test_a_statistic_of_ones_own_may_ask_for_the_centre() -> None:
-    class Distance:
-        uses_centre = True
-
-        def __call__(self, t: sasa_optax.Transition) -> sasa_optax.Sample:
-            assert t.centre is not None
-            return sasa_optax.Sample(t.squared_norm(t.new_params - t.centre))
-
-    optimizer = sasa_optax.sasa_plus(1.0, momentum=0.0, statistic=Distance())
-    x = jnp.ones(2)
-    _, state = optimizer.update(jnp.ones(2), optimizer.init(x), x)
-    assert float(state.controller.window.buffer[0, 0]) == 2.0
+    assert copies() == 0
+    assert copies(statistic="centred") == 1
+    assert copies(average=True) == 1
+    assert copies(statistic="centred", average=True) == 2
