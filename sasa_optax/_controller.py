@@ -15,11 +15,11 @@ from sasa_optax import (
     _checks,
     _cpu_schedule,
     _stationarity,
-    _statistics,
     _tree,
     _types,
     _window,
 )
+from sasa_optax._statistics import Sample, Statistic, Transition
 from sasa_optax._types import AxisName, DType, Numeric
 
 
@@ -143,7 +143,7 @@ class Controller:
     learning_rate: optax.ScalarOrSchedule
     min_learning_rate: Numeric = 0.0
     factor: Numeric = 0.1
-    statistic: _statistics.Statistic | None = None
+    statistic: Statistic | None = None
     test: _stationarity.StationarityTest | None = None
     window: _window.Window = _window.Window()
     axis_name: AxisName = None
@@ -221,14 +221,12 @@ class Controller:
         rate: jax.Array,
     ) -> tuple[optax.Updates, jax.Array, Any]:
         """The direction to keep, the sample as a row, and the statistic's state."""
-        recorded = self.statistic
+        recorded, dtype = self.statistic, rate.dtype
         assert recorded is not None
 
-        def transition(
-            direction: Any, params: Any, grad: Any
-        ) -> _statistics.Transition:
+        def transition(direction: Any, params: Any, grad: Any) -> Transition:
             updates = _tree.scale(-rate, direction)
-            return _statistics.Transition(
+            return Transition(
                 params=params,
                 # XLA merges this with the caller's own computation of the same.
                 new_params=optax.apply_updates(params, updates),
@@ -242,27 +240,23 @@ class Controller:
         def products(direction: Any, others: Any) -> _cpu_schedule.Rows:
             params, grad, own = others
             pairs = recorded.pairs(transition(direction, params, grad), own)
-            return _tree.leaf_products(pairs, rate.dtype)
+            return _tree.leaf_products(pairs, dtype)
 
         others = params, extra.grad, state.statistic
         direction, rows = _cpu_schedule.in_groups(
-            direction, others, products, state.step, rate.dtype
+            direction, others, products, state.step, dtype
         )
         rows = _tree.sum_over(self.axis_name, rows)
-        sample, statistic = recorded.sample(
-            [_tree.total(row, rate.dtype) for row in rows],
-            transition(direction, params, extra.grad),
-            state.statistic,
-        )
-        if not isinstance(sample, _statistics.Sample):
+        found = [_tree.total(row, dtype) for row in rows]
+        whole = transition(direction, params, extra.grad)
+        sample, statistic = recorded.sample(found, whole, state.statistic)
+        if not isinstance(sample, Sample):
             raise TypeError(
                 f"statistic must return a Sample, got {sample!r} from {recorded!r}."
             )
-        row = [
-            _checks.scalar(f"Sample.{name}", x, rate.dtype)
-            for name, x in sample._asdict().items()
-        ]
-        return direction, jnp.stack(row), statistic
+        value = _checks.scalar("Sample.value", sample.value, dtype)
+        scale = _checks.scalar("Sample.scale", sample.scale, dtype)
+        return direction, jnp.stack([value, scale]), statistic
 
     def _advance(
         self,

@@ -125,7 +125,7 @@ class LineSearchState(NamedTuple):
     """What a line search remembers, with the state of its controller.
 
     Attributes:
-      line_search_active: whether it still goes on, shape (), bool.
+      line_search_active: whether the search goes on, shape (), bool.
       step_size: eta, what the newest search found on its mini-batch, before smoothing;
         shape (), float32, or float64 where a parameter is.
       num_evaluations: evaluations of ``value_fn`` since the start; shape (), int32.
@@ -189,7 +189,7 @@ def _own_arguments(
     kinds = inspect.Parameter
     parameters = list(inspect.signature(value_fn).parameters.values())
     by_name = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    # The first is for the parameters, whatever its name.
+    # The first parameter takes x, whatever its name.
     named = {p.name for p in parameters[1:] if p.kind in by_name}
     names = extra_args.keys() & named
     if any(p.kind is kinds.VAR_KEYWORD for p in parameters):
@@ -311,19 +311,24 @@ class SearchingController:
         extra: ExtraArgs,
         rate: jax.Array,
     ) -> _Found:
+        """Searches, if a search is due at this step."""
+        objective = self._objective(direction, params, extra, rate.dtype)
+        interval = jnp.asarray(self.search.interval, jnp.int32)
+        return self._find(objective, rate, state.controller.step % interval == 0)
+
+    def _find(
+        self, objective: _Objective, rate: jax.Array, is_due: jax.Array
+    ) -> _Found:
         """Tries step sizes from increase_factor * rate down, until one is accepted.
 
         There is one loop, so that the loss is compiled once. Its pass 0 evaluates
-        f(x_k), and is left out where that is known. Pass n is the n-th trial. Where no
-        search is due at this step, the loop makes no pass.
+        f(x_k), and is left out where that is known. Pass n is the n-th trial. If no
+        search is due, the loop makes no pass.
         """
-        objective = self._objective(direction, params, extra, rate.dtype)
         dtype, slope, known = rate.dtype, objective.slope, objective.value
         increase = jnp.asarray(self.search.increase_factor, dtype)
         decrease = jnp.asarray(self.search.decrease_factor, dtype)
         required = jnp.asarray(self.search.sufficient_decrease, dtype)
-        interval = jnp.asarray(self.search.interval, jnp.int32)
-        is_due = state.controller.step % interval == 0
 
         def ratio(trial: jax.Array) -> jax.Array:
             return increase * decrease ** (trial - 1).astype(dtype)
@@ -341,7 +346,7 @@ class SearchingController:
             step_size = jnp.where(is_start, 0, ratio(trial) * rate)
             loss, rounding = objective.at(step_size)
             is_finite = jnp.isfinite(loss)
-            # A rise that the loss's own dtype cannot tell from none is none.
+            # A rise within the rounding error of the loss is none.
             bound = start - required * step_size * slope + rounding
             accepted = ~is_start & is_finite & (loss <= bound)
             start = jnp.where(is_start & is_finite, loss, start)

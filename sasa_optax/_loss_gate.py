@@ -12,7 +12,7 @@ import optax
 
 from sasa_optax._types import DType
 
-# Of the fast average: at least this many losses, and this share of the slow one's.
+# The horizon of the fast average: a share of the slow one's, and at least so many.
 _MIN_FAST, _FAST_SHARE = 16, 1 / 8
 # A gain counts as real when it exceeds so many standard deviations of the fast average.
 _REAL = 5.0
@@ -83,7 +83,7 @@ def watch(
 ) -> tuple[LossState, Verdict]:
     """Takes the loss of a step, of the state's dtype, and judges it."""
     value = jax.lax.stop_gradient(value)
-    # Nor may its square overflow, which the variance would never forget.
+    # Its square must not overflow either: the variance would never forget it.
     is_missing = ~jnp.isfinite((value - state.fast) ** 2)
     value = jnp.where(is_missing, state.fast, value)
     seen = _averaged(state, value, horizon)
@@ -110,8 +110,8 @@ def watch(
         # A loss that never varies says nothing.
         may_rise=~is_missing & ~is_above & is_open & (seen.variance > 0),
         is_above=~is_missing & is_above,
-        # Twice in a row, as a single one may be the fault of a mini-batch; and not
-        # again, as a cut has been made.
+        # A single loss that is not finite may be the fault of its mini-batch. After the
+        # second the cut has been made, so the third must not make another.
         is_lost=(~is_missing & is_judged & lost) | (num_missed == 2),
         is_missing=is_missing,
     )
@@ -154,7 +154,7 @@ def _fast_horizon(horizon: jax.Array) -> jax.Array:
 
 
 def _weight(num_losses: jax.Array, horizon: jax.Array) -> jax.Array:
-    # Before the first loss, too, nothing may be divided by zero.
+    # Before the first loss the count is zero.
     return 1 / jnp.clip(num_losses.astype(horizon.dtype), 1, horizon)
 
 

@@ -1,4 +1,4 @@
-"""What is decided: has the mean of the recorded statistic settled?
+"""Tests for stationarity: has the mean of the recorded statistic settled?
 
 A test is a function from `Samples` to a `TestResult`. It is called inside jit with the
 window at its full capacity, and with the number of samples in it as a traced value.
@@ -47,9 +47,8 @@ class TestResult(NamedTuple):
       num_samples: the number of samples judged. int32.
       stationary: whether progress has stopped. bool.
 
-    All have shape (); those without a dtype here are float32, or float64 where a
-    parameter is. A test of your own may leave out ``at_step`` and ``num_samples``,
-    which the controller fills in.
+    All have shape (), and the dtype of the statistic where none is given here. A test
+    of your own may leave out ``at_step`` and ``num_samples``.
     """
 
     at_step: Numeric = 0
@@ -80,8 +79,26 @@ class MeanEstimate(NamedTuple):
     standard_error: jax.Array
     dof: jax.Array
 
+    def half_width(self, significance: Numeric) -> jax.Array:
+        """Half the width of the interval with confidence 1 - significance."""
+        tail = jnp.asarray(significance, self.mean.dtype) / 2
+        return -student_t_quantile(tail, self.dof) * self.standard_error
 
-def _in_window(values: jax.Array, num_samples: jax.Array) -> jax.Array:
+    def two_sided_p_value(self, distance: jax.Array) -> jax.Array:
+        """P(|T| > distance / standard error); 1 where the samples do not vary."""
+        varies = self.standard_error > 0
+        t = distance / jnp.where(varies, self.standard_error, 1)
+        return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), self.dof), 1)
+
+    def result(
+        self, significance: Numeric, p_value: jax.Array, stationary: jax.Array
+    ) -> TestResult:
+        half_width = self.half_width(significance)
+        lower, upper = self.mean - half_width, self.mean + half_width
+        return TestResult(0, self.mean, lower, upper, p_value, stationary=stationary)
+
+
+def _in_window(values: jax.Array, num_samples: Numeric) -> jax.Array:
     return jnp.arange(values.size, dtype=jnp.int32) < num_samples
 
 
@@ -89,7 +106,7 @@ def _mean(values: jax.Array, stop: jax.Array, start: Numeric = 0) -> jax.Array:
     """The mean of the values from ``start`` to ``stop``."""
     # Offsets from the first value make the mean of a constant exact, so that samples
     # that do not vary are recognised.
-    mask = _in_window(values, stop) & ~_in_window(values, jnp.asarray(start))
+    mask = _in_window(values, stop) & ~_in_window(values, start)
     offsets = jnp.where(mask, values - values[0], 0)
     count = jnp.maximum(stop - start, 1).astype(values.dtype)
     return values[0] + jnp.sum(offsets) / count
@@ -102,8 +119,7 @@ def _integer_sqrt(n: jax.Array) -> jax.Array:
 
 
 def _iid(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dof = n - 1
-    return jnp.sum(centred**2) / dof.astype(centred.dtype), dof
+    return jnp.sum(centred**2) / (n - 1).astype(centred.dtype), n - 1
 
 
 def _batch_means(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -161,43 +177,12 @@ def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstima
       ValueError: if ``variance`` is none of these.
     """
     _checks.choice("variance", variance, _VARIANCES)
-    n = jnp.maximum(samples.num_samples, 4)
-    mask = _in_window(samples.values, n)
-    mean = _mean(samples.values, n)
-    centred = jnp.where(mask, samples.values - mean, 0)
+    values, n = samples.values, jnp.maximum(samples.num_samples, 4)
+    mean = _mean(values, n)
+    centred = jnp.where(_in_window(values, n), values - mean, 0)
     sigma_squared, dof = _VARIANCES[variance](centred, n)
-    dtype = samples.values.dtype
-    standard_error = jnp.sqrt(sigma_squared / n.astype(dtype))
-    return MeanEstimate(mean, standard_error, dof.astype(dtype))
-
-
-def _two_sided_p_value(distance: jax.Array, estimate: MeanEstimate) -> jax.Array:
-    """P(|T| > distance / standard error); 1 where the samples do not vary."""
-    varies = estimate.standard_error > 0
-    t = distance / jnp.where(varies, estimate.standard_error, 1)
-    return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), estimate.dof), 1)
-
-
-def _result(
-    estimate: MeanEstimate,
-    significance: Numeric,
-    p_value: jax.Array,
-    stationary: jax.Array,
-) -> TestResult:
-    """The result of a test with the interval of confidence 1 - significance."""
-    mean, half_width = estimate.mean, _half_width(significance, estimate)
-    return TestResult(
-        mean=mean,
-        lower=mean - half_width,
-        upper=mean + half_width,
-        p_value=p_value,
-        stationary=stationary,
-    )
-
-
-def _half_width(significance: Numeric, e: MeanEstimate) -> jax.Array:
-    tail = jnp.asarray(significance, e.mean.dtype) / 2
-    return -student_t_quantile(tail, e.dof) * e.standard_error
+    standard_error = jnp.sqrt(sigma_squared / n.astype(values.dtype))
+    return MeanEstimate(mean, standard_error, dof.astype(values.dtype))
 
 
 def _check_samples(test: Any, samples: Any) -> None:
@@ -218,12 +203,12 @@ class ZeroMeanTest:
     floor(n/2)) have the same sign. Until the first drop, the interval around the mean
     of each half must hold zero as well. ``p_value`` is that of the hypothesis that the
     mean is zero, so a stationary window has a large one. A window without any variation
-    says nothing, and is not stationary.
+    is not stationary.
 
     A short or noisy window has a wide interval, which holds zero though the mean is far
-    from it. With ``delta``, an interval counts only if it is narrow: its half-width
-    must be below delta * v, where v is the window's mean scale. The test then takes as
-    many samples as the dynamics ask for, and more after each drop.
+    from it. With ``delta``, an interval counts only if its half-width is below
+    delta * v, where v is the window's mean scale. The test then takes as many samples
+    as the dynamics ask for, and more after each drop.
 
     Attributes:
       significance: s in (0, 1); the interval's confidence is 1 - s. Default 0.05.
@@ -234,7 +219,7 @@ class ZeroMeanTest:
         docs/validity.md). Default None: any width.
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
     """
 
     significance: Numeric = 0.05
@@ -255,24 +240,22 @@ class ZeroMeanTest:
         half = samples.num_samples // 2
         older = _mean(samples.values, half)
         newer = _mean(samples.values, samples.num_samples, start=half)
-
-        means = jnp.stack([older, newer, estimate.mean])
-        p_values = _two_sided_p_value(means, estimate)
+        p_values = estimate.two_sided_p_value(jnp.stack([older, newer, estimate.mean]))
         could_be_zero = p_values >= self.significance
         zero_inside = jnp.where(
             samples.num_drops == 0, could_be_zero[:2].all(), could_be_zero[2]
         )
         stationary = zero_inside & (jnp.sign(older) == jnp.sign(newer))
-        stationary &= self._is_narrow(estimate, samples)
-        return _result(estimate, self.significance, p_values[2], stationary)
+        stationary &= self._says_something(estimate, samples)
+        return estimate.result(self.significance, p_values[2], stationary)
 
-    def _is_narrow(self, estimate: MeanEstimate, samples: Samples) -> jax.Array:
+    def _says_something(self, estimate: MeanEstimate, samples: Samples) -> jax.Array:
         varies = estimate.standard_error > 0
         if samples.scales is None or self.delta is None:
             return varies
         scale = _mean(samples.scales, samples.num_samples)
         bound = jnp.asarray(self.delta, scale.dtype) * scale
-        return varies & (_half_width(self.significance, estimate) < bound)
+        return varies & (estimate.half_width(self.significance) < bound)
 
 
 @_types.options("variance")
@@ -280,11 +263,10 @@ class EquivalenceTest:
     """The test of SASA: is the mean of the statistic negligible beside its scale?
 
     The dynamics count as stationary if the confidence interval of the window's mean
-    lies inside (-delta * v, delta * v), where v is the window's mean scale. The test
-    asks for positive evidence: a window too short or too noisy does not pass.
-    ``p_value`` is that of the hypothesis that the mean is *not* negligible, so a
-    stationary window has a small one. A window without any variation says nothing, and
-    is not stationary.
+    lies inside (-delta * v, delta * v), where v is the window's mean scale. A window
+    too short or too noisy does not pass. ``p_value`` is that of the hypothesis that the
+    mean is *not* negligible, so a stationary window has a small one. A window without
+    any variation is not stationary.
 
     Attributes:
       delta: the tolerance, in (0, inf), as a share of the gradient's noise, which is
@@ -293,7 +275,7 @@ class EquivalenceTest:
       variance: as in `ZeroMeanTest`. Default "batch_means".
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
     """
 
     delta: Numeric = 0.02
@@ -309,12 +291,11 @@ class EquivalenceTest:
         _check_samples(self, samples)
         assert samples.scales is not None
         estimate = estimate_mean(samples, self.variance)
-        delta = jnp.asarray(self.delta, estimate.mean.dtype)
-        tolerance = delta * _mean(samples.scales, samples.num_samples)
-        margin = tolerance - jnp.abs(estimate.mean)
-        p_value = jnp.where(margin > 0, _two_sided_p_value(margin, estimate), 1)
+        scale = _mean(samples.scales, samples.num_samples)
+        margin = jnp.asarray(self.delta, scale.dtype) * scale - jnp.abs(estimate.mean)
+        p_value = jnp.where(margin > 0, estimate.two_sided_p_value(margin), 1)
         stationary = (p_value < self.significance) & (estimate.standard_error > 0)
-        return _result(estimate, self.significance, p_value, stationary)
+        return estimate.result(self.significance, p_value, stationary)
 
 
 @_types.options("log_steps")
@@ -326,14 +307,14 @@ class SlopeTest:
     falling if P(T_{n-2} < t) < s; otherwise progress has stopped. ``mean``, ``lower``
     and ``upper`` are the slope per step and its interval of confidence 1 - s;
     ``p_value`` is P(T_{n-2} < t), small while the value falls. A window without any
-    variation says nothing, and is not stationary.
+    variation is not stationary.
 
     Attributes:
       significance: s in (0, 1). Default 0.05.
       log_steps: whether to regress on the logarithm of the step. Default False.
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
     """
 
     significance: Numeric = 0.05
@@ -346,26 +327,24 @@ class SlopeTest:
 
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
-        dtype = samples.values.dtype
-        n = jnp.maximum(samples.num_samples, 4)
-        mask = _in_window(samples.values, n)
-        x = jnp.arange(samples.values.size, dtype=jnp.int32).astype(dtype)
+        values, n = samples.values, jnp.maximum(samples.num_samples, 4)
+        dtype, mask = values.dtype, _in_window(values, n)
+        x = jnp.arange(values.size, dtype=jnp.int32).astype(dtype)
         if self.log_steps:
             # log(first + x) - log(first) keeps the digits that differ late in a run.
             first = jnp.maximum(samples.step - n + 1, 1)
             x = jnp.log1p(x / first.astype(dtype))
         x = jnp.where(mask, x - _mean(x, n), 0)
-        y = jnp.where(mask, samples.values - _mean(samples.values, n), 0)
+        y = jnp.where(mask, values - _mean(values, n), 0)
         sxx, sxy, syy = jnp.sum(x * x), jnp.sum(x * y), jnp.sum(y * y)
-        slope = sxy / sxx
-        dof = (n - 2).astype(dtype)
+        slope, dof = sxy / sxx, (n - 2).astype(dtype)
         # The smallest normal number stands for the zero residual of a perfect line.
         residual = jnp.maximum(syy - slope * sxy, jnp.finfo(dtype).tiny)
         standard_error = jnp.sqrt(residual) / jnp.sqrt(dof * sxx)
-        estimate = MeanEstimate(slope, standard_error, dof)
         p_value = student_t_cdf(slope / standard_error, dof)
         stationary = (p_value >= self.significance) & (syy > 0)
-        return _result(estimate, self.significance, p_value, stationary)
+        estimate = MeanEstimate(slope, standard_error, dof)
+        return estimate.result(self.significance, p_value, stationary)
 
 
 _NAMED = {
@@ -390,15 +369,9 @@ def uses_scale(test: StationarityTest) -> bool:
 
 def no_result(dtype: DType) -> TestResult:
     """The newest result before the first test."""
-    return TestResult(
-        at_step=jnp.zeros((), jnp.int32),
-        mean=jnp.zeros((), dtype),
-        lower=jnp.zeros((), dtype),
-        upper=jnp.zeros((), dtype),
-        p_value=jnp.ones((), dtype),
-        num_samples=jnp.zeros((), jnp.int32),
-        stationary=jnp.zeros((), bool),
-    )
+    zero = jnp.zeros((), jnp.int32)
+    floats = [jnp.asarray(x, dtype) for x in (0, 0, 0, 1)]
+    return TestResult._make([zero, *floats, jnp.copy(zero), jnp.zeros((), bool)])
 
 
 def judge(
@@ -414,19 +387,17 @@ def judge(
     result = test(Samples(rows[0], scales, num_samples, step, num_drops))
     if not isinstance(result, TestResult):
         raise TypeError(f"test must return a TestResult, got {result!r} from {test!r}.")
-    floats = {
-        name: _checks.scalar(f"TestResult.{name}", getattr(result, name), rows.dtype)
-        for name in ("mean", "lower", "upper", "p_value")
-    }
-    # A result that is not finite says nothing, and is kept out of the state.
-    is_finite = jnp.all(jnp.isfinite(jnp.stack(list(floats.values()))))
-    stationary = _checks.scalar("TestResult.stationary", result.stationary, bool)
-    return TestResult(
-        at_step=step,
-        num_samples=num_samples,
-        stationary=is_finite & stationary,
-        **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+    numbers = jnp.stack(
+        [
+            _checks.scalar(f"TestResult.{name}", getattr(result, name), rows.dtype)
+            for name in ("mean", "lower", "upper", "p_value")
+        ]
     )
+    # A result that is not finite says nothing, and is kept out of the state.
+    stationary = _checks.scalar("TestResult.stationary", result.stationary, bool)
+    stationary &= jnp.all(jnp.isfinite(numbers))
+    floats = jnp.nan_to_num(numbers)
+    return TestResult._make([step, *floats, num_samples, stationary])
 
 
 def judge_if(is_due: jax.Array, last: TestResult, *arguments: Any) -> TestResult:

@@ -1,4 +1,4 @@
-"""What is recorded at each step: a number whose mean is zero at stationarity.
+"""Statistics: what is recorded at each step, with mean zero at stationarity.
 
 A `Statistic` is a triple of functions, which may keep a state of its own. A plain
 function from `Transition` to `Sample` is a statistic as well.
@@ -15,11 +15,11 @@ from sasa_optax import _average, _checks, _decay, _tree
 from sasa_optax._stationarity import EquivalenceTest
 from sasa_optax._types import AxisName, Numeric
 
-# A centre over less than the newest half of the iterates follows the drift that it is
-# to show.
+# A centre over less than the newest half of the iterates would follow the drift that it
+# is meant to show.
 _CENTRE_LEAK_RATIO = 2
-# With 3, nothing counts as stationary unless the lag is less than a third of the noise:
-# not before the horizon of the centre is three relaxation times.
+# With 3, nothing counts as stationary until the lag is below a third of the noise, when
+# the horizon of the centre is three relaxation times.
 _LAG_PENALTY = 3.0
 
 

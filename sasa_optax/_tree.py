@@ -73,9 +73,9 @@ def leaf_products(pairs: Pairs, dtype: DType) -> list[list[jax.Array]]:
 def sum_over(
     axis_name: AxisName, rows: Sequence[Sequence[jax.Array]]
 ) -> list[list[jax.Array]]:
-    """Scalars summed over mesh axes where they are parts of a sum, in one collective.
+    """Sums scalars over the mesh axes over which they are partial sums.
 
-    There is one collective for all scalars that vary over the same axes.
+    All scalars that vary over the same axes share one collective.
     """
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     summed = [list(row) for row in rows]
@@ -100,7 +100,8 @@ def inner_products(
 ) -> list[jax.Array]:
     """The real parts of <x, y> over whole trees, scalars of ``dtype``.
 
-    Over the axes ``axis_name``, across which the trees are sharded, they are summed.
+    They are summed over the mesh axes ``axis_name``, across which the trees are
+    sharded.
     """
     rows = sum_over(axis_name, leaf_products(pairs, dtype))
     return [total(row, dtype) for row in rows]
@@ -117,13 +118,13 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     aval: Any = x.aval
     if hasattr(aval, "manual_axis_type"):
         return aval.manual_axis_type.varying
-    # Its place before JAX 0.10; JAX 0.5 has none.
+    # This is its name before JAX 0.10. JAX 0.5 has none.
     return getattr(aval, "vma", frozenset())
 
 
 def _axes_of(x: jax.Array, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``axes`` over which ``x`` is a part of a sum."""
-    # Where JAX does not track what varies, everything is taken to vary.
+    """The mesh axes among ``axes`` over which ``x`` is a partial sum."""
+    # Where JAX does not track what varies, assume that everything does.
     is_known = all(axis in _varying_axes(jax.lax.axis_index(axis)) for axis in axes)
     if not is_known:
         return axes

@@ -16,16 +16,16 @@ _Options = TypeVar("_Options")
 
 
 def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> Optimizer:
-    """The pair as optax takes it, whose types know no state but a tree of arrays."""
+    """An optimizer. Optax types the states of its functions as trees of arrays."""
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 @dataclass_transform(frozen_default=True)
 def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are its fields.
+    """Makes a class a frozen dataclass and a pytree whose leaves are its fields.
 
-    Numbers in the fields may then be traced, so that `jax.vmap` maps over them. The
-    fields named by ``static`` belong to the structure of the tree.
+    Numbers in the fields may then be traced, so `jax.vmap` maps over them. The fields
+    named by ``static`` belong to the structure of the tree.
     """
 
     def decorate(cls: type[_Options]) -> type[_Options]:

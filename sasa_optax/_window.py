@@ -1,4 +1,4 @@
-"""What is kept: of all samples since the last drop, the newest part."""
+"""The window of samples: the newest part of those since the last drop."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ class Window:
         return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
 
     def num_kept(self, state: "WindowState") -> jax.Array:
-        # The ceiling is written such that it cannot overflow.
+        # Written so that the ceiling cannot overflow.
         leaked = -(-state.total // jnp.asarray(self.leak_ratio, jnp.int32))
         return jnp.minimum(leaked, state.buffer.shape[1])
 
@@ -142,7 +142,7 @@ def _resized(state: WindowState, capacity: int) -> WindowState:
     num_stored = jnp.minimum(state.total, min(old, capacity))
     newest = contents(state, num_stored)[:, :capacity]
     buffer = jnp.pad(newest, ((0, 0), (0, max(0, capacity - old))))
-    # Of a window that was full, no more may count than was stored.
+    # A full window has lost samples, which must not count in a larger one.
     is_larger = capacity > old
     total = jnp.minimum(state.total, old) if is_larger else jnp.copy(state.total)
     return WindowState(buffer, head=num_stored % capacity, total=total)

@@ -179,6 +179,19 @@ def decided(state: Any) -> dict[str, Any]:
     return {field: x for field, x in found.items() if x is not None}
 
 
+def without_momentum(state: Any) -> Any:
+    """The state without the trace, which alone may hold what is not finite."""
+
+    def is_momentum(node: Any) -> bool:
+        return isinstance(node, sasa_optax.MomentumState)
+
+    return jax.tree.map(
+        lambda node: node.controller if is_momentum(node) else node,
+        state,
+        is_leaf=is_momentum,
+    )
+
+
 ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {
     "ssls": _windowless(lambda *args, **kw: _searching(sasa_optax.ssls(*args, **kw))),
     "scale_by_ssls": _windowless(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import SMALL, squares
+from optimizers import SMALL, smaller, squares
 
 import sasa_optax
 
@@ -107,7 +107,7 @@ _WITH_AVERAGE: dict[str, Any] = {
 @pytest.mark.parametrize("leak_ratio", [2, 3])
 @pytest.mark.parametrize("name", _WITH_AVERAGE)
 def test_average_true_is_average_iterates_behind_it(name: str, leak_ratio: int) -> None:
-    arguments = SMALL | {"leak_ratio": leak_ratio}
+    arguments = smaller(leak_ratio=leak_ratio)
     params = jnp.ones(5)
     xs, with_it = _iterates(_WITH_AVERAGE[name](**arguments, average=True), params)
     without = _WITH_AVERAGE[name](**arguments, average=False)
@@ -121,10 +121,7 @@ def test_average_true_is_average_iterates_behind_it(name: str, leak_ratio: int) 
 
 def test_a_drop_leaves_the_average_as_it_is() -> None:
     def always(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
-        zero = jnp.zeros(())
-        return sasa_optax.TestResult(
-            samples.step, zero, zero, zero, zero, samples.num_samples, jnp.bool_(True)
-        )
+        return sasa_optax.TestResult(mean=jnp.sum(samples.values), stationary=True)
 
     optimizer = sasa_optax.sasa_plus(1.0, **SMALL, test=always, average=True)
     xs, states = _iterates(optimizer, jnp.ones(5))
@@ -137,9 +134,9 @@ def test_a_drop_leaves_the_average_as_it_is() -> None:
 def test_by_default_only_salsa_averages() -> None:
     for name, make in _WITH_AVERAGE.items():
         state = make().init(jnp.ones(2))
-        assert (optax.tree.get(state, "averaged") is not None) == (
-            "salsa" in name or "centred" in name
-        )
+        # The pair of an optimizer's own state and that of `average_iterates`.
+        averages = isinstance(state[-1], sasa_optax.AverageState)
+        assert averages == ("salsa" in name)
 
 
 # Types.
@@ -312,7 +309,7 @@ def test_average_must_be_a_boolean() -> None:
 
 def test_update_needs_params() -> None:
     optimizer = sasa_optax.average_iterates()
-    with pytest.raises(ValueError, match="The average needs the current parameters"):
+    with pytest.raises(ValueError, match="update needs the current parameters"):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
 
 
@@ -333,19 +330,13 @@ def test_params_of_another_structure_or_shape() -> None:
         sasa_optax.averaged_params(state, {"a": jnp.ones(2), "b": jnp.ones(4)})
 
 
-@pytest.mark.parametrize("name", ["average", "centre"])
-def test_a_state_without_what_is_asked_for(name: str) -> None:
-    wanted = {"average": {"average": True}, "centre": {"statistic": "centred"}}
+def test_a_saved_run_goes_on_with_an_average() -> None:
     params = jnp.ones(2)
-    other = sasa_optax.sasa_plus(1.0, test="equivalence", average=name == "centre")
-    optimizer = sasa_optax.sasa_plus(1.0, test="equivalence", **wanted[name])
-    state = other.init(params)
-    with pytest.raises(ValueError, match=f"The state holds no {name}"):
-        optimizer.update(params, state, params)
-    # As the message says.
-    fresh = getattr(optimizer.init(params).controller, name)
-    state = state._replace(controller=state.controller._replace(**{name: fresh}))
-    optimizer.update(params, state, params)
+    state = sasa_optax.sasa_plus(1.0).init(params)
+    optimizer = sasa_optax.sasa_plus(1.0, average=True)
+    _, fresh = optimizer.init(params)
+    _, (after, average) = optimizer.update(params, (state, fresh), params)
+    assert int(after.controller.step) == int(average.num_averaged) == 1
 
 
 # Faults.

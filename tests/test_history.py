@@ -23,6 +23,7 @@ _KEYS = {
     "learning_rate",
     "scale",
     "num_drops",
+    "last_drop",
     "num_nonfinite",
     "test_step",
     "test_mean",

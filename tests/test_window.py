@@ -1,7 +1,7 @@
 """The leaky window against a plain list."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sasa_optax import Window, _window
+from sasa_optax import Window, WindowState, _window
 
 STEPS = 256
 INT32_MAX = 2**31 - 1
@@ -42,18 +42,24 @@ def flags(history: list[Run]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def replay(capacity, samples, keep, clear, leak_ratio):
+def replay(
+    capacity: int,
+    samples: jax.Array,
+    keep: jax.Array,
+    clear: jax.Array,
+    leak_ratio: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """What the window shows after every step."""
+    options = Window(leak_ratio=leak_ratio)
 
-    def step(window, inputs):
+    def step(state: WindowState, inputs: Any) -> Any:
         sample, keep, clear = inputs
-        window = _window.clear(_window.push(window, sample, keep), clear)
-        num_samples = _window.num_kept(window, leak_ratio)
-        shown = _window.contents(window, num_samples), num_samples
-        return window, (*shown, _window.is_empty(window))
+        state = _window.clear(_window.push(state, sample, keep), clear)
+        num_samples = options.num_kept(state)
+        return state, (_window.contents(state, num_samples), num_samples)
 
-    window = _window.empty(samples.shape[1], capacity, samples.dtype)
-    return jax.lax.scan(step, window, (samples, keep, clear))[1]
+    state = _window.empty(samples.shape[1], capacity, samples.dtype)
+    return jax.lax.scan(step, state, (samples, keep, clear))[1]
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -74,7 +80,7 @@ def test_window_is_the_newest_part_of_a_list(
     shown = jax.device_get(replay(capacity, samples, keep, clear, leak_ratio))
 
     model = []
-    for k, (contents, num_samples, is_empty) in enumerate(zip(*shown, strict=True)):
+    for k, (contents, num_samples) in enumerate(zip(*shown, strict=True)):
         if keep[k]:
             model.append(samples[k])
         if clear[k]:
@@ -84,15 +90,14 @@ def test_window_is_the_newest_part_of_a_list(
         expected = np.zeros((width, capacity), np.float32)
         expected[:, : len(newest)] = np.reshape(newest, (-1, width)).T
         assert num_samples == len(newest)
-        assert is_empty == (not model)
         np.testing.assert_array_equal(contents, expected)
 
 
 @pytest.mark.parametrize("leak_ratio", range(1, 10))
 def test_total_saturates(leak_ratio: int) -> None:
-    full = Window(jnp.ones((1, 7)), jnp.int32(3), jnp.int32(INT32_MAX))
+    full = WindowState(jnp.ones((1, 7)), jnp.int32(3), jnp.int32(INT32_MAX))
     for _ in range(2):
-        assert _window.num_kept(full, leak_ratio) == 7
+        assert Window(leak_ratio).num_kept(full) == 7
         full = _window.push(full, jnp.full(1, 2.0), jnp.bool_(True))
     assert full.total == INT32_MAX
     assert full.head == 5
@@ -105,9 +110,9 @@ def test_total_saturates(leak_ratio: int) -> None:
 @pytest.mark.parametrize("total", [0, 1, 7, 8, 9, INT32_MAX - 1, INT32_MAX])
 def test_ceiling_is_exact_up_to_the_end_of_int32(total: int, leak_ratio: int) -> None:
     capacity = 10
-    window = Window(jnp.zeros((1, capacity)), jnp.int32(0), jnp.int32(total))
+    state = WindowState(jnp.zeros((1, capacity)), jnp.int32(0), jnp.int32(total))
     expected = min((total + leak_ratio - 1) // leak_ratio, capacity)
-    assert _window.num_kept(window, leak_ratio) == expected
+    assert Window(leak_ratio).num_kept(state) == expected
 
 
 def test_initial_leaves_are_distinct_buffers() -> None:
@@ -116,11 +121,33 @@ def test_initial_leaves_are_distinct_buffers() -> None:
 
 
 def test_types_and_shapes_never_change(dtype: np.dtype) -> None:
-    window = _window.empty(2, 5, dtype)
-    chex.assert_shape(window.buffer, (2, 5))
-    assert [leaf.dtype for leaf in window] == [dtype, np.int32, np.int32]
-    pushed = _window.push(window, jnp.ones(2, dtype), jnp.bool_(True))
+    state = _window.empty(2, 5, dtype)
+    chex.assert_shape(state.buffer, (2, 5))
+    assert [leaf.dtype for leaf in state] == [dtype, np.int32, np.int32]
+    pushed = _window.push(state, jnp.ones(2, dtype), jnp.bool_(True))
     cleared = _window.clear(pushed, jnp.bool_(True))
-    chex.assert_trees_all_equal_shapes_and_dtypes(window, pushed, cleared)
-    assert _window.num_kept(pushed, 8).dtype == np.int32
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, pushed, cleared)
+    assert Window().num_kept(pushed).dtype == np.int32
     assert _window.contents(pushed, jnp.int32(1)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "least", "interval"),
+    [(None, 1000, 100), (1, 100, 100), (250, 250, 250), (50_000, 1000, 1000)],
+)
+def test_what_is_not_given_is_filled_in(
+    steps_per_epoch: int | None, least: int, interval: int
+) -> None:
+    window = Window(leak_ratio=3).resolved(steps_per_epoch)
+    assert window == Window(leak_ratio=3, min_samples=least, test_interval=interval)
+    given = Window(min_samples=7, test_interval=9)
+    assert given.resolved(steps_per_epoch) == given
+
+
+@pytest.mark.parametrize("num_drops", range(6))
+def test_the_samples_needed_grow_with_the_drops_up_to_what_fits(num_drops: int) -> None:
+    scaled = Window(min_samples=10, max_window=2000, scale_min_samples=True)
+    expected = min(10 * 4**num_drops, 1999)
+    assert scaled.samples_needed(jnp.int32(num_drops), 0.25) == expected
+    constant = Window(min_samples=10, max_window=2000)
+    assert constant.samples_needed(jnp.int32(num_drops), 0.25) == 10

@@ -1,6 +1,5 @@
 """The methods of the evidence suite: ways to set the rate, tuned, untuned, and ours."""
 
-import ast
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -8,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from tasks import Task
 
 import sasa_optax
+from benchmarks.evidence.task import Task
+from sasa_optax import EquivalenceTest, LineSearch
 
 # Of normalised momentum: 1.0 moves like optax.sgd(0.1, momentum=0.9).
 SGD_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
     task: Task
 
     def per_epoch(self) -> dict[str, Any]:
-        """The one argument worth giving to ours."""
+        """The one argument that methods of this library are given."""
         steps = self.task.steps_per_epoch
         return {} if steps is None else {"steps_per_epoch": steps}
 
@@ -42,14 +42,14 @@ class Method:
     """A way to train.
 
     Attributes:
-      make: from a `Setting` to the optimizer.
-      rates: to start with; more than one are to be tuned.
-      is_ours: of this library.
+      make: maps a `Setting` to the optimizer.
+      rates: the initial rate, or the grid from which the rate is tuned.
+      is_ours: whether it belongs to this library.
       knows_horizon: whether it is told how many steps there will be.
-      evaluated_at: "last", the last iterate; "schedule_free", which has one of its own;
-        "average", over the iterates with polynomial weights; or "averaged_params", of
+      evaluated_at: "last", the last iterate; "schedule_free", that method's own
+        average; "average", one with polynomial weights; or "averaged_params", that of
         this library.
-      sensitivity_rates: for the picture; none where it is not in it.
+      sensitivity_rates: the initial rates of the picture; empty where it is not in it.
     """
 
     make: Make
@@ -69,7 +69,7 @@ def constant(s: Setting) -> optax.GradientTransformation:
 
 
 def steps(s: Setting) -> optax.GradientTransformation:
-    """A tenth after a half, and again after three quarters."""
+    """A tenth of the rate after a half of the steps, and again after three quarters."""
     cuts = {s.num_steps // 2: 0.1, s.num_steps * 3 // 4: 0.1}
     schedule = optax.piecewise_constant_schedule(1.0, cuts)
     return sasa_optax.qhm(
@@ -116,7 +116,7 @@ def dadapt_adamw(s: Setting) -> optax.GradientTransformation:
 
 
 def dog(s: Setting) -> optax.GradientTransformation:
-    # As its docstring has it for batch norm, and for all else.
+    # As its docstring says, for batch norm and for all other models.
     init = 1e-4 if s.task.has_running_averages else 1e-6
     return optax.contrib.dog(
         init_step=("heuristic", init), weight_decay=s.task.weight_decay
@@ -128,14 +128,14 @@ def mechanize(s: Setting) -> optax.GradientTransformation:
 
 
 def reduce_on_plateau(s: Setting) -> optax.GradientTransformation:
-    # An epoch's losses at a time: of a single one it takes the noise for a plateau.
+    # It gets an epoch's losses at a time, as it takes the noise in one for a plateau.
     size = s.task.steps_per_epoch or 100
     plateau = optax.contrib.reduce_on_plateau(accumulation_size=size)
     return optax.chain(adamw(s.rate, s), plateau)
 
 
 def ours(optimizer: Callable[..., Any], **arguments: Any) -> Make:
-    """One of this library's complete optimizers, with its defaults but for these."""
+    """A complete optimizer of this library, at its defaults except ``arguments``."""
 
     def make(s: Setting, **more: Any) -> optax.GradientTransformation:
         named = s.per_epoch() | {"weight_decay": s.task.weight_decay}
@@ -155,8 +155,7 @@ def reduced(inner: Make, **arguments: Any) -> Make:
 
 
 def adam_salsa(s: Setting, **more: Any) -> optax.GradientTransformation:
-    named: dict[str, Any] = {"search_direction": "update"}
-    named |= s.per_epoch() | more
+    named = {"search": LineSearch(direction="update")} | s.per_epoch() | more
     return optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(s.task.decoupled_decay),
@@ -187,6 +186,11 @@ def following(inner: Make, **arguments: Any) -> Make:
     return make
 
 
+# The tolerance of the stored runs, somewhat stricter than the default of 0.02.
+_EQUIVALENCE = EquivalenceTest(delta=0.3 / 19)
+_centred = functools.partial(
+    sasa_optax.salsa, statistic="centred", test=EquivalenceTest(delta=0.35)
+)
 _our = functools.partial(Method, is_ours=True)
 _averaged = functools.partial(_our, evaluated_at="averaged_params")
 
@@ -231,26 +235,24 @@ METHODS: dict[str, Method] = {
         (1e-3,),
         sensitivity_rates=SENSITIVITY_RATES,
     ),
-    "salsa-equivalence": _our(ours(sasa_optax.salsa, test="equivalence"), (1e-3,)),
+    "salsa-equivalence": _our(ours(sasa_optax.salsa, test=_EQUIVALENCE), (1e-3,)),
     "sasa-plus": _our(ours(sasa_optax.sasa_plus), sensitivity_rates=SENSITIVITY_RATES),
-    "sasa-plus-equivalence": _our(ours(sasa_optax.sasa_plus, test="equivalence")),
+    "sasa-plus-equivalence": _our(ours(sasa_optax.sasa_plus, test=_EQUIVALENCE)),
     "sasa": _our(ours(sasa_optax.sasa)),
     "slope": _our(ours(sasa_optax.slope)),
     "adamw-stationarity": _our(
         reduced(adamw_constant), (1e-3,), sensitivity_rates=ADAM_SENSITIVITY_RATES
     ),
     "adamw-stationarity-equivalence": _our(
-        reduced(adamw_constant, test="equivalence"), (1e-3,)
+        reduced(adamw_constant, test=_EQUIVALENCE), (1e-3,)
     ),
     "prodigy-stationarity": _our(reduced(functools.partial(prodigy, 1.0))),
     "prodigy-stationarity-equivalence": _our(
-        reduced(functools.partial(prodigy, 1.0), test="equivalence")
+        reduced(functools.partial(prodigy, 1.0), test=_EQUIVALENCE)
     ),
     "adam-salsa": _our(adam_salsa, (1e-3,)),
     "salsa-averaged": _averaged(ours(sasa_optax.salsa), (1e-3,)),
-    "salsa-centred-averaged": _averaged(
-        ours(sasa_optax.salsa, statistic="centred"), (1e-3,)
-    ),
+    "salsa-centred-averaged": _averaged(ours(_centred), (1e-3,)),
     "sasa-plus-averaged": _averaged(ours(sasa_optax.sasa_plus, average=True)),
     "adam-salsa-averaged": _averaged(adam_salsa, (1e-3,)),
     "adamw-1e-3-averaged": _averaged(averaged(adamw_constant), (1e-3,)),
@@ -280,19 +282,16 @@ ANYTIME = (
 
 
 def method_named(name: str) -> Method:
-    """One of `METHODS`, or with arguments: "salsa(factor=0.5)"."""
+    """One of `METHODS`, or with arguments: "salsa(window=Window(leak_ratio=4))"."""
     if name in METHODS:
         return METHODS[name]
     base, _, arguments = name.partition("(")
     if base not in METHODS:
         raise SystemExit(f"method must be one of {', '.join(METHODS)}, got {base!r}.")
+    # The arguments are Python that the caller of the program wrote.
+    named = eval(f"dict({arguments}", dict(vars(sasa_optax)))
     method = METHODS[base]
-    if not arguments:
-        return method
-    call = ast.parse(name.replace("-", "_", base.count("-")), mode="eval").body
-    assert isinstance(call, ast.Call)
-    named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    # The rate is traced, and so not for the make.
+    # The rate is traced, so it is not an argument of `make`.
     rates = (named.pop("learning_rate"),) if "learning_rate" in named else method.rates
     make = functools.partial(method.make, **named)
     return dataclasses.replace(method, make=make, rates=rates)
