@@ -66,7 +66,7 @@ def test_the_statistic_is_the_agreement_with_the_gradients_before(
 
 
 def _t_test_of_batches(values: np.ndarray) -> Any:
-    """SciPy's test of batch means, which is that of the window if all are as long."""
+    """SciPy's t-test of the means of 20 batches, of 20 samples each."""
     means = values.reshape(20, 20).mean(axis=1)
     return scipy.stats.ttest_1samp(means, 0, alternative="greater")
 
@@ -135,6 +135,12 @@ def test_every_module_is_in_the_table() -> None:
     text = (_ROOT / "CONTRIBUTING.md").read_text()
     modules = {path.name for path in (_ROOT / "sasa_optax").glob("_[a-z]*.py")}
     assert set(re.findall(r"`(_[a-z]\w+\.py)`", text)) == modules
+
+
+def test_the_page_of_the_interface_lists_every_public_name_once() -> None:
+    listed = re.findall(r":: sasa_optax\.(\w+)", (_ROOT / "docs/api.rst").read_text())
+    public = {name for name in vars(sasa_optax) if not name.startswith("_")}
+    assert sorted(listed) == sorted(public)
 
 
 # The statistic with a state, in docs/statistics.md.
