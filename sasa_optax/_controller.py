@@ -175,8 +175,7 @@ class Controller:
         dtype, zero = _tree.statistic_dtype(params), jnp.zeros((), jnp.int32)
         window, statistic = None, ()
         if self.statistic is not None and self.test is not None:
-            width = 2 if _stationarity.uses_scale(self.test) else 1
-            window = _window.empty(width, self.window.max_window, dtype)
+            window = _window.empty(2, self.window.max_window, dtype)
             statistic = self.statistic.init(params)
         return ControllerState(
             step=zero,
@@ -276,8 +275,7 @@ class Controller:
         )
         if state.window is not None:
             self.window.check(state.window)
-            width = state.window.buffer.shape[0]
-            window = _window.push(state.window, row[:width], is_good)
+            window = _window.push(state.window, row, is_good)
             state, has_fired = self._judge(state._replace(window=window), is_good)
             state = self._maybe_cut(state, has_fired, base, rate)
         return state._replace(learning_rate=self.rates(state)[1])
