@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import rich.console
-import rich.table
 
 import sasa_optax
 
@@ -81,15 +79,6 @@ def markdown(heads: Sequence[Any], rows: Iterable[Iterable[Any]]) -> str:
     """A table; the first column is left-aligned, the others are right-aligned."""
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def show(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table, if it has rows."""
-    table = rich.table.Table(*heads, title=title)
-    for row in rows:
-        table.add_row(*row)
-    if table.row_count:
-        rich.console.Console().print(table)
 
 
 def write(page: pathlib.Path, parts: dict[str, str]) -> None:

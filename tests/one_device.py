@@ -2,12 +2,13 @@
 
 Prints, as JSON, what XLA says of the compiled update of each case at ten million
 parameters in twenty leaves; and by how much the numbers of a run differ if the leaves
-are not computed in sequence.
+are not computed in groups.
 """
 
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import optax
 from optimizers import ALL
 
 import sasa_optax
-from sasa_optax import _tree
+from sasa_optax import _cpu_schedule
 
 NUM_LEAVES, LEAF_SIZE = 20, 500_000
 GROUPED_STEPS = 40
@@ -76,7 +77,7 @@ def _compiled(optimizer: Any) -> dict[str, float]:
 
 def _run(optimizer: Any, bad_leaf: str | None = None) -> Any:
     """Of leaves that are a group each, of every floating type, and more."""
-    size = _tree._CACHE_BYTES // 4
+    size = _cpu_schedule._CACHE_BYTES // 4
     params = {
         "a": jnp.linspace(-1, 1, size),
         "b": jnp.ones(2 * size, jnp.bfloat16),
@@ -113,7 +114,9 @@ COMPARED = {
     "reduced": optax.chain(
         optax.sgd(0.1),
         sasa_optax.reduce_on_stationarity(
-            min_samples=4, test_interval=5, max_window=64, leak_ratio=1
+            window=sasa_optax.Window(
+                min_samples=4, test_interval=5, max_window=64, leak_ratio=1
+            )
         ),
     ),
     # In the middle of a run, its losses far above that of `_step`, so that it rises.
@@ -121,18 +124,25 @@ COMPARED = {
 }
 
 
+def _at_once(
+    direction: Any, others: Any, products: Callable[[Any, Any], Any], *_: Any
+) -> Any:
+    """What `_cpu_schedule.in_groups` does where the order of work is left to XLA."""
+    return direction, products(direction, others)
+
+
 def main() -> None:
     assert jax.device_count() == 1
-    in_sequence = {name: _run(o) for name, o in COMPARED.items()}
+    in_groups = {name: _run(o) for name, o in COMPARED.items()}
     harmed = {name: _run(o, bad_leaf="a")[0] for name, o in COMPARED.items()}
     compiled = {name: _compiled(o) for name, o in OPTIMIZERS.items()}
-    _tree.in_sequence = lambda direction, *_: (direction, jnp.ones((), bool))
+    _cpu_schedule.in_groups = _at_once
     at_once = {name: _run(o) for name, o in COMPARED.items()}
     result = {
         "compiled": compiled,
-        "num_drops": int(optax.tree.get(in_sequence["reduced"], "num_drops")),
-        "scale": float(optax.tree.get(in_sequence["adapted"], "scale")),
-        "difference": {k: _difference(in_sequence[k], at_once[k]) for k in COMPARED},
+        "num_drops": int(optax.tree.get(in_groups["reduced"], "num_drops")),
+        "scale": float(optax.tree.get(in_groups["adapted"], "scale")),
+        "difference": {k: _difference(in_groups[k], at_once[k]) for k in COMPARED},
         "finite": {
             name: {k: bool(jnp.all(jnp.isfinite(x))) for k, x in params.items()}
             for name, params in harmed.items()

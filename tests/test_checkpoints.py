@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optimizers import ALL, OPTIMIZERS, SMALL, decided, small
+from optimizers import ALL, OPTIMIZERS, decided, small, smaller
 
 import sasa_optax
 
@@ -131,7 +131,7 @@ def test_onto_another_sharding(name: str, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_another_window_is_an_error(name: str) -> None:
     params, state = _start(name)
-    other = ALL[name](**SMALL | {"max_window": 40})
+    other = ALL[name](**smaller(max_window=40))
     with pytest.raises(
         ValueError, match=r"max_window is 40.*resize_window\(state, 40\)"
     ):
@@ -141,7 +141,7 @@ def test_another_window_is_an_error(name: str) -> None:
 @_environment("`resize_window`: the run goes on as with that window all along")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_larger_window(name: str) -> None:
-    larger = ALL[name](**SMALL | {"max_window": 40})
+    larger = ALL[name](**smaller(max_window=40))
     saved = _run(small(name)[1], *_start(name), 0, 11)
     nested = {"deep": (saved[1], jnp.ones(2))}
     resized = sasa_optax.resize_window(nested, 40)["deep"][0]
@@ -161,7 +161,7 @@ def test_a_larger_window(name: str) -> None:
 def test_resized_windows_hold_the_newest(
     capacity: int, new_capacity: int, num_pushed: int
 ) -> None:
-    def samples(window: sasa_optax.Window) -> list[float]:
+    def samples(window: sasa_optax.WindowState) -> list[float]:
         """By the documented rule, with leak_ratio=1."""
         buffer = np.asarray(window.buffer)[0]
         num_kept = min(int(window.total), buffer.size)
@@ -177,9 +177,10 @@ def test_resized_windows_hold_the_newest(
         return state
 
     def optimizer(max_window: int) -> Any:
-        return sasa_optax.slope(
-            1.0, min_samples=4, max_window=max_window, test_interval=10**6
+        window = sasa_optax.Window(
+            min_samples=4, max_window=max_window, test_interval=10**6
         )
+        return sasa_optax.slope(1.0, window=window)
 
     state = record(
         optimizer(capacity).init(jnp.ones(1)), optimizer(capacity), range(num_pushed)
@@ -203,7 +204,8 @@ import jax, jax.numpy as jnp, numpy as np, optax, sasa_optax
 import orbax.checkpoint as ocp
 
 folder, num_steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-optimizer = sasa_optax.sasa_plus(0.5, min_samples=20, test_interval=10, leak_ratio=2)
+window = sasa_optax.Window(min_samples=20, test_interval=10, leak_ratio=2)
+optimizer = sasa_optax.sasa_plus(0.5, window=window)
 update = jax.jit(optimizer.update)
 params = jnp.ones(4)
 state = optimizer.init(params)

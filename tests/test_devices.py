@@ -93,7 +93,7 @@ def decisions(state: Any) -> dict[str, float]:
     found = {field: optax.tree.get(state, field) for field in fields}
     test = optax.tree.get(state, "last_test")
     if test is not None:
-        found |= {"tested": test.step, "stationary": test.stationary}
+        found |= {"tested": test.at_step, "stationary": test.stationary}
     return {field: float(x) for field, x in found.items() if x is not None}
 
 

@@ -404,3 +404,22 @@ def test_the_centre_takes_one_copy_of_the_parameters() -> None:
     assert copies(statistic="centred") == 1
     assert copies(average=True) == 1
     assert copies(statistic="centred", average=True) == 2
+
+
+@pytest.mark.parametrize("make", [sasa_optax.sasa_plus, sasa_optax.scale_by_sasa_plus])
+def test_centred_statistic_under_a_rate_that_rises_from_zero(make: Any) -> None:
+    warmup = optax.linear_schedule(0.0, 0.1, 10)
+    optimizer = make(warmup, statistic="centred")
+    noise = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    params = jnp.ones(3)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for g in jnp.asarray(noise):
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(optax.tree.get(state, "num_nonfinite")) == 0
+    window = optax.tree.get(state, "window")
+    assert int(window.total) == len(noise)
+    samples = np.asarray(window.buffer)[:, : len(noise)]
+    assert np.all(np.isfinite(samples))
+    # Nothing has moved in the first step.
+    np.testing.assert_array_equal(samples[:, 0], 0.0)

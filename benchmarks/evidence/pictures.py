@@ -7,18 +7,9 @@ from collections.abc import Callable
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.evidence import outcomes
 from benchmarks.evidence.contenders import METHODS
-from benchmarks.evidence.outcomes import (
-    LEADING,
-    Outcome,
-    Rows,
-    best_cosine,
-    best_tuned,
-    by_rate,
-    has_anytime,
-    has_sensitivity,
-    outcomes,
-)
+from benchmarks.evidence.outcomes import LEADING, Outcome, Rows
 from benchmarks.evidence.task import Task
 from benchmarks.publishing import Row
 
@@ -74,8 +65,8 @@ def curves(rows: Rows, tasks: list[Task]) -> Figure:
     """The test metric against the step."""
 
     def draw(ax: Axes, task: Task) -> None:
-        found = outcomes(rows, task, task.budgets[-1])
-        best = best_tuned(found)
+        found = outcomes.outcomes(rows, task, task.budgets[-1])
+        best = outcomes.best_tuned(found)
         draw_test(ax, best, "k--", "best tuned baseline")
         for color, name in enumerate(SHOWN, 1):
             if name in found:
@@ -93,12 +84,12 @@ def anytime(rows: Rows, tasks: list[Task]) -> Figure:
     def draw(ax: Axes, task: Task) -> None:
         ends = []
         for budget in task.parts:
-            best = best_cosine(rows, task, budget)
+            best = outcomes.best_cosine(rows, task, budget)
             label = "the best cosine, tuned for each of three budgets"
             draw_test(ax, best, "k--", label)
             ends.append((budget, best.mean))
         ax.plot(*zip(*ends, strict=True), "ko", ms=4)
-        found = outcomes(rows, task, task.parts[-1], SHOWN_ANYTIME)
+        found = outcomes.outcomes(rows, task, task.parts[-1], SHOWN_ANYTIME)
         for name, each in found.items():
             draw_test(ax, each, *SHOWN_ANYTIME[name])
         ax.set(ylabel=f"test, {task.unit}", xlabel="step")
@@ -112,7 +103,7 @@ def rates(rows: Rows, tasks: list[Task]) -> Figure:
     """The rate that SALSA chose, and the best tuned cosine of the same optimizer."""
 
     def draw(ax: Axes, task: Task) -> None:
-        found = outcomes(rows, task, task.budgets[-1], ("sgd-cosine", "salsa"))
+        found = outcomes.outcomes(rows, task, task.budgets[-1], ("sgd-cosine", "salsa"))
         if "salsa" in found:
             for row in found["salsa"].rows:
                 label = "SALSA, each seed"
@@ -134,7 +125,7 @@ def sensitivity(rows: Rows, tasks: list[Task]) -> Figure:
     def draw(ax: Axes, task: Task) -> None:
         names = [name for name, each in METHODS.items() if each.sensitivity_rates]
         for color, name in enumerate(names):
-            points = by_rate(rows, task, name)
+            points = outcomes.by_rate(rows, task, name)
             if points:
                 style = "o-" if METHODS[name].is_ours else "s--"
                 xs, ys = zip(*points, strict=True)
@@ -151,8 +142,8 @@ def figures(rows: Rows, tasks: list[Task]) -> dict[str, Figure]:
         "evidence-curves": curves(rows, tasks),
         "evidence-rates": rates(rows, tasks),
     }
-    if complete := [task for task in tasks if has_anytime(rows, task)]:
+    if complete := [task for task in tasks if outcomes.has_anytime(rows, task)]:
         found["evidence-anytime"] = anytime(rows, complete)
-    if complete := [task for task in tasks if has_sensitivity(rows, task)]:
+    if complete := [task for task in tasks if outcomes.has_sensitivity(rows, task)]:
         found["evidence-sensitivity"] = sensitivity(rows, complete)
     return found

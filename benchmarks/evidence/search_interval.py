@@ -87,7 +87,7 @@ def spread(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def show(name: str, results: list[Row]) -> None:
+def table(results: list[Row]) -> str:
     columns = [c for c in results[0] if c != "seed"]
     lines = []
     for interval in sorted({r["interval"] for r in results}):
@@ -95,7 +95,7 @@ def show(name: str, results: list[Row]) -> None:
         cells = [spread([r[c] for r in rows]) for c in columns[1:-1]]
         accuracy = statistics.mean(r[columns[-1]] for r in rows)
         lines.append([str(interval), *cells, f"{accuracy:.2f}"])
-    publishing.show(f"{name}: SALSA's search interval", columns, lines)
+    return publishing.markdown(columns, lines)
 
 
 def main() -> None:
@@ -114,10 +114,10 @@ def main() -> None:
     }
     results: dict[str, list[Row]] = {name: [] for name in tasks}
     runs = list(itertools.product(tasks, args.intervals, range(args.seeds)))
-    for name, interval, seed in track(runs, description="training"):
-        results[name].append(measure(tasks[name], interval, seed))
+    for name, *arguments in track(runs, description="training"):
+        results[name].append(measure(tasks[name], *arguments))
     for name, rows in results.items():
-        show(name, rows)
+        print(f"\n{name}\n\n{table(rows)}")
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

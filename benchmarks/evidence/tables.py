@@ -3,19 +3,9 @@
 import math
 import statistics
 
+from benchmarks.evidence import outcomes
 from benchmarks.evidence.contenders import ANYTIME, COSINES, METHODS
-from benchmarks.evidence.outcomes import (
-    Outcome,
-    Rows,
-    best_cosine,
-    best_tuned,
-    gap,
-    has_anytime,
-    outcome,
-    outcomes,
-    ranks,
-    tolerance,
-)
+from benchmarks.evidence.outcomes import Outcome, Rows
 from benchmarks.evidence.task import Task
 from benchmarks.publishing import markdown
 
@@ -32,36 +22,39 @@ def name_of(name: str) -> str:
 
 
 def gap_cell(task: Task, each: Outcome, best: Outcome) -> str:
-    size = gap(task, each, best)
+    size = outcomes.gap(task, each, best)
     if not math.isfinite(size) or size > 1000:
         return "diverged"
     text = f"{size:+.2f}" if abs(size) < 10 else f"{size:+.0f}"
-    return f"**{text}**" if size <= tolerance(task) else text
+    return f"**{text}**" if size <= outcomes.tolerance(task) else text
 
 
 def gaps_table(rows: Rows, tasks: list[Task]) -> str:
     """The gap of every method to the best tuned baseline, and its mean rank."""
-    found = {task.name: outcomes(rows, task, task.budgets[-1]) for task in tasks}
+    found = {
+        task.name: outcomes.outcomes(rows, task, task.budgets[-1]) for task in tasks
+    }
     # A rank among a few methods does not count as one among all.
     most = max(map(len, found.values()))
     ranked = {
-        name: ranks(each) if len(each) == most else {} for name, each in found.items()
+        name: outcomes.ranks(each) if len(each) == most else {}
+        for name, each in found.items()
     }
 
     def line(name: str) -> list[str]:
         cells, mine, close = [], [], []
         for task in tasks:
             each = found[task.name].get(name)
-            best = best_tuned(found[task.name])
+            best = outcomes.best_tuned(found[task.name])
             cells.append("-" if each is None else gap_cell(task, each, best))
             if each is not None:
-                close.append(gap(task, each, best) <= tolerance(task))
+                close.append(outcomes.gap(task, each, best) <= outcomes.tolerance(task))
             if name in ranked[task.name]:
                 mine.append(ranked[task.name][name])
         rank = f"{statistics.mean(mine):.1f}" if mine else ""
         return [name_of(name), *cells, count(close), rank]
 
-    best = [best_tuned(found[task.name]) for task in tasks]
+    best = [outcomes.best_tuned(found[task.name]) for task in tasks]
     head = ["best tuned"] + [f"{short(each.mean)} ({each.method})" for each in best]
     names = [task.name for task in tasks]
     return markdown(
@@ -81,8 +74,8 @@ def variants_table(rows: Rows, tasks: list[Task]) -> str:
     ]
 
     def cell(task: Task, name: str) -> str:
-        each = outcome(rows, task, name, task.budgets[-1])
-        best = best_tuned(outcomes(rows, task, task.budgets[-1]))
+        each = outcomes.outcome(rows, task, name, task.budgets[-1])
+        best = outcomes.best_tuned(outcomes.outcomes(rows, task, task.budgets[-1]))
         return "" if each is None else gap_cell(task, each, best)
 
     return markdown(
@@ -97,7 +90,7 @@ def is_of(method: str, base: str) -> bool:
 
 def budgets_table(rows: Rows, task: Task) -> str:
     """The test metric of every method at each budget."""
-    found = {budget: outcomes(rows, task, budget) for budget in task.budgets}
+    found = {budget: outcomes.outcomes(rows, task, budget) for budget in task.budgets}
 
     def line(name: str) -> list[str]:
         each = [found[budget].get(name) for budget in task.budgets]
@@ -118,10 +111,12 @@ def anytime_table(rows: Rows, tasks: list[Task]) -> str:
     }
     body = []
     for task, budget in [(each, part) for each in tasks for part in each.parts]:
-        best = best_cosine(rows, task, budget)
-        found = outcomes(rows, task, budget, names)
+        best = outcomes.best_cosine(rows, task, budget)
+        found = outcomes.outcomes(rows, task, budget, names)
         for name, each in found.items():
-            close[name].append(gap(task, each, best) <= tolerance(task))
+            close[name].append(
+                outcomes.gap(task, each, best) <= outcomes.tolerance(task)
+            )
             for rival in found.keys() & set(RIVALS):
                 ahead[rival][name].append(each.mean < found[rival].mean)
         cells = [
@@ -145,8 +140,8 @@ def count(cases: list[bool]) -> str:
 
 def task_table(rows: Rows, task: Task) -> str:
     """Every method on a task at its largest budget, the best first."""
-    found = outcomes(rows, task, task.budgets[-1])
-    best = best_tuned(found)
+    found = outcomes.outcomes(rows, task, task.budgets[-1])
+    best = outcomes.best_tuned(found)
 
     def line(each: Outcome) -> list[str]:
         return [
@@ -171,7 +166,7 @@ def task_table(rows: Rows, task: Task) -> str:
 def page_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
     """The tables, by the names of their parts of the page."""
     tables = {"gaps": gaps_table(rows, tasks), "variants": variants_table(rows, tasks)}
-    complete = [task for task in tasks if has_anytime(rows, task)]
+    complete = [task for task in tasks if outcomes.has_anytime(rows, task)]
     tables["anytime"] = anytime_table(rows, complete)
     several = [task for task in tasks if len(task.budgets) > 1]
     tables["budgets"] = "\n\n".join(budgets_table(rows, task) for task in several)

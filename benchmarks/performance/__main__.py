@@ -83,7 +83,7 @@ def main() -> None:
     for row in measured(args):
         rows.append(row | {"made": publishing.provenance()})
         print(*tables.columns_of(row).values(), sep="  ", flush=True)
-    tables.show_all(rows)
+    print(tables.tables(rows))
     if args.publish:
         publish(rows)
 

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.performance.cases import (
-    BASELINES,
-    MODEL_CASES,
-    SEARCH_INTERVAL,
-    reduced,
-)
+from benchmarks.performance import cases
 from benchmarks.performance.timing import Steps, beside
 from benchmarks.publishing import Row
 
@@ -130,11 +125,11 @@ def bench_models(rounds: int) -> Iterator[Row]:
     """The time and the temporaries of the training steps of `MODELS`."""
     for name, (make_model, make_batch) in MODELS.items():
         batch = make_batch()
-        for case in MODEL_CASES:
-            base = training_steps(make_model, batch, BASELINES[case.baseline]())
+        for case in cases.MODEL_CASES:
+            base = training_steps(make_model, batch, cases.BASELINES[case.baseline]())
             steps = training_steps(make_model, batch, case.make(), case.prepare)
             # Each round has as many searches.
-            timed = beside(base.seconds, steps.seconds, rounds, SEARCH_INTERVAL)
+            timed = beside(base.seconds, steps.seconds, rounds, cases.SEARCH_INTERVAL)
             yield {
                 "section": "model",
                 "tree": name,
@@ -149,7 +144,7 @@ def bench_own(where: str, rounds: int) -> Iterator[Row]:
     """The same for the step that the function ``where``, "module:name", makes."""
     module, _, function = where.partition(":")
     make_step = getattr(importlib.import_module(module), function)
-    base, steps = (Steps(*make_step(wrap)) for wrap in (lambda o: o, reduced))
+    base, steps = (Steps(*make_step(wrap)) for wrap in (lambda o: o, cases.reduced))
     yield {
         "section": "model",
         "tree": where,

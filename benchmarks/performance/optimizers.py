@@ -23,20 +23,11 @@ def flat(size: int) -> dict[str, jax.Array]:
 def transformer_tree() -> dict[str, Any]:
     """24 blocks of width 256, 290 leaves, 21 million parameters in bfloat16."""
     width = 256
-    shapes = {
-        "qkv": (width, 3 * width),
-        "qkv_bias": (3 * width,),
-        "out": (width, width),
-        "out_bias": (width,),
-        "up": (width, 4 * width),
-        "up_bias": (4 * width,),
-        "down": (4 * width, width),
-        "down_bias": (width,),
-        "norm1": (width,),
-        "norm1_bias": (width,),
-        "norm2": (width,),
-        "norm2_bias": (width,),
-    }
+    inputs = {"qkv": 1, "out": 1, "up": 1, "down": 4}
+    outputs = {"qkv": 3, "out": 1, "up": 4, "down": 1, "norm1": 1, "norm2": 1}
+    shapes: dict[str, tuple[int, ...]] = {"norm1": (width,), "norm2": (width,)}
+    shapes |= {name: (n * width, outputs[name] * width) for name, n in inputs.items()}
+    shapes |= {f"{name}_bias": (n * width,) for name, n in outputs.items()}
     blocks = [
         {name: jnp.full(shape, 0.1, jnp.bfloat16) for name, shape in shapes.items()}
         for _ in range(24)

@@ -1,7 +1,7 @@
 """The tables and the picture of docs/performance.md."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
@@ -51,30 +51,24 @@ def columns_of(row: Row) -> dict[str, str]:
     return cells
 
 
-def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """The title and the lines of each section; the rows of a tree are together."""
+def tables(rows: Sequence[Row]) -> str:
+    """The table of each section, in which the rows of a tree are together."""
     trees = list(dict.fromkeys(row.get("tree") for row in rows))
     ordered = sorted(rows, key=lambda row: trees.index(row.get("tree")))
+    parts = []
     for section, title in TITLES.items():
         if lines := [columns_of(row) for row in ordered if row["section"] == section]:
-            yield title, lines
-
-
-def show_all(rows: Sequence[Row]) -> None:
-    for title, lines in tables(rows):
-        publishing.show(title, list(lines[0]), [list(x.values()) for x in lines])
+            table = publishing.markdown(list(lines[0]), map(dict.values, lines))
+            parts.append(f"### {title}\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def page_content(rows: Sequence[Row], results: str) -> str:
-    parts = [
-        f"### {title}\n\n{publishing.markdown(list(lines[0]), map(dict.values, lines))}"
-        for title, lines in tables(rows)
-    ]
     made = publishing.made_by("make bench", publishing.newest(rows))
     about = (
         f"Every number, and where it comes from, is in `benchmarks/results/{results}`."
     )
-    return "\n\n".join([*parts, f"{made} {about}"])
+    return f"{tables(rows)}\n\n{made} {about}"
 
 
 def draw(rows: Sequence[Row], path: pathlib.Path, tree: str) -> None:

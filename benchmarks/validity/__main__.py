@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{done}/{len(todo)}:", *tables.columns_of(row), sep="  ", flush=True)
         if args.out:
             publishing.save(rows, args.out)
-    tables.show_all(rows)
+    print(tables.page_content(rows))
     if args.publish:
         publish(rows, args.page)
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.publishing import MINUS, Row, made_by, markdown, newest, show
+from benchmarks.publishing import MINUS, Row, made_by, markdown, newest
 from benchmarks.validity.coverage import STATISTICS, WINDOWS
 
 # A method is to be early in no more than this share of the runs.
 TARGET = 0.1
-SHARES = "early", "never", "second_early", "collapsed"
-MEDIANS = "delay", "drops", "rate"
 
 # The rows of a section, by cell and method.
 Cells = dict[tuple[str, str], Row]
@@ -34,32 +32,8 @@ def percent(x: float | None) -> str:
     return "" if x is None else f"{100 * x:.0f}"
 
 
-def median(x: list[float] | None) -> str:
-    return "" if x is None else f"{x[1]:.2g}"
-
-
 def number(x: float) -> str:
     return f"{x:.1f}".replace("-", MINUS)
-
-
-def columns_of(row: Row) -> list[str]:
-    """A row as it is printed."""
-    names = [row["cell"]["name"], row["method"]]
-    if row["section"] == "coverage":
-        held = (f"{n}: {percent(x)} %" for n, x in row["coverage"].items())
-        return [*names, ", ".join(held)]
-    shares = (percent(row[x]) for x in SHARES)
-    return [*names, *shares, *(median(row[x]) for x in MEDIANS)]
-
-
-def show_all(rows: Sequence[Row]) -> None:
-    heads = {
-        "drops": [*(f"{x} %" for x in SHARES), *MEDIANS],
-        "coverage": ["coverage of 95 %, by window"],
-    }
-    for section, columns in heads.items():
-        chosen = (columns_of(row) for row in rows if row["section"] == section)
-        show(section, ["cell", "method", *columns], chosen)
 
 
 def settings_table(cells: Cells) -> str:
@@ -124,6 +98,14 @@ def possible_line(cells: Cells) -> str:
     return "Drops of a run cut as soon as it has settled: " + ", ".join(texts) + "."
 
 
+def columns_of(row: Row) -> list[str]:
+    """A row as it is printed when it is measured."""
+    names = [row["cell"]["name"], row["method"]]
+    if row["section"] == "drops":
+        return [*names, first_drop_text(row), last_text(row)]
+    return [*names, *(f"n = {n}: {percent(x)} %" for n, x in row["coverage"].items())]
+
+
 def coverage_table(cells: Cells) -> str:
     def line(name: str) -> list[str]:
         held = [cells[name, s]["coverage"] for s in STATISTICS if (name, s) in cells]
@@ -138,10 +120,9 @@ def made_line(rows: Sequence[Row], results: str) -> str:
     return f"{made} Every number is in `benchmarks/results/{results}`."
 
 
-def page_content(rows: Sequence[Row]) -> str:
-    cells, covered = by_place(rows, "drops"), by_place(rows, "coverage")
+def drop_tables(cells: Cells) -> list[str]:
     firsts = first_drop_methods(cells)
-    parts = [
+    return [
         "**The cells**",
         settings_table(cells),
         "**The first drop: share of runs in which it is early · median delay · median "
@@ -153,6 +134,12 @@ def page_content(rows: Sequence[Row]) -> str:
         methods_table(cells, names_in(cells)[1], last_text),
         possible_line(cells),
     ]
-    if covered:
-        parts += ["**Windows whose interval holds zero, %**", coverage_table(covered)]
+
+
+def page_content(rows: Sequence[Row]) -> str:
+    parts = []
+    if cells := by_place(rows, "drops"):
+        parts += drop_tables(cells)
+    if cells := by_place(rows, "coverage"):
+        parts += ["**Windows whose interval holds zero, %**", coverage_table(cells)]
     return "\n\n".join([*parts, made_line(rows, "validity.json")])
