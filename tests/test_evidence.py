@@ -131,7 +131,7 @@ class _Runs:
 def test_the_grid_goes_on_while_its_best_is_at_an_end(
     best: float, made: list[float]
 ) -> None:
-    runs = _Runs(best, (0.03, 0.1, 0.3))
+    runs: Any = _Runs(best, (0.03, 0.1, 0.3))
     assert tuning.tune(runs, 0, 4, 2) == best
     assert runs.made == made
 
@@ -139,8 +139,10 @@ def test_the_grid_goes_on_while_its_best_is_at_an_end(
 def test_the_grid_goes_on_to_its_limit_and_not_at_all_where_everything_diverged() -> (
     None
 ):
-    assert tuning.tune(_Runs(1e9, (0.1, 0.3)), 0, 2, 2) == 100.0
-    assert tuning.tune(runs := _Runs(1.0, (0.1, 0.3)), 0, 4, 4) == 0.1
+    runs: Any = _Runs(1e9, (0.1, 0.3))
+    assert tuning.tune(runs, 0, 2, 2) == 100.0
+    runs = _Runs(1.0, (0.1, 0.3))
+    assert tuning.tune(runs, 0, 4, 4) == 0.1
     assert runs.made == [0.1, 0.3]
 
 
@@ -177,7 +179,7 @@ def test_every_method_makes_an_optimizer_that_steps(name: str) -> None:
     assert {x.shape for x in shapes().values()} == {(2,)}
 
 
-def _row(method: str, rate: float, seed: int, test: list[float], **more: Any) -> Any:
+def _row(method: str, rate: float, seed: int, test: list[Any], **more: Any) -> Any:
     curve = dict.fromkeys(("train", "validation", "test", "rates"), test)
     row = {"task": "quick", "method": method, "rate": rate, "seed": seed, "steps": 360}
     return row | curve | {"seconds": 1.0, "drops": [0, 1]} | more
@@ -278,7 +280,7 @@ def test_variants_stand_below_what_they_are_variants_of() -> None:
 
 
 def test_equals_share_their_rank() -> None:
-    found = {
+    found: Any = {
         name: SimpleNamespace(mean=mean)
         for name, mean in [("salsa", 1.0), ("sasa", 2.0), ("slope", 2.0)]
     }

@@ -155,7 +155,8 @@ def reduced(inner: Make, **arguments: Any) -> Make:
 
 
 def adam_salsa(s: Setting, **more: Any) -> optax.GradientTransformation:
-    named = {"search": LineSearch(direction="update")} | s.per_epoch() | more
+    named: dict[str, Any] = {"search": LineSearch(direction="update")}
+    named |= s.per_epoch() | more
     return optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(s.task.decoupled_decay),

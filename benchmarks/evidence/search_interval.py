@@ -12,6 +12,7 @@ import json
 import pathlib
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 from rich.progress import track
 
@@ -113,7 +114,7 @@ def main() -> None:
         "Fashion-MNIST": fashion_task(args.fashion_epochs),
     }
     results: dict[str, list[Row]] = {name: [] for name in tasks}
-    runs = list(itertools.product(tasks, args.intervals, range(args.seeds)))
+    runs: list[Any] = list(itertools.product(tasks, args.intervals, range(args.seeds)))
     for name, *arguments in track(runs, description="training"):
         results[name].append(measure(tasks[name], *arguments))
     for name, rows in results.items():
