@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from states import part_of
 
 import sasa_optax
 
@@ -64,12 +65,7 @@ def one_step(
 
 def search_of(state: Any) -> sasa_optax.LineSearchState:
     """The state of the search, however nested."""
-
-    def is_search(node: Any) -> bool:
-        return isinstance(node, sasa_optax.LineSearchState)
-
-    (found,) = filter(is_search, jax.tree.leaves(state, is_leaf=is_search))
-    return found
+    return part_of(state, sasa_optax.LineSearchState)
 
 
 def losses_of(state: Any) -> sasa_optax.WindowState:
