@@ -39,8 +39,7 @@ def names_moved_keywords(function: Callable[_P, _T]) -> Callable[_P, _T]:
       TypeError: if the function is called with the keyword.
     """
     accepted = inspect.signature(function).parameters
-    test = accepted["test"].default if "test" in accepted else None
-    kind = NAMED.get(test)
+    kind = NAMED.get(accepted["test"].default) if "test" in accepted else None
 
     def place(name: str) -> str:
         # The option is that of the function's own test, if that test has it.
