@@ -340,7 +340,7 @@ class SlopeTest:
         return estimate.result(self.significance, p_value, stationary)
 
 
-_NAMED = {
+NAMED = {
     "zero_mean": ZeroMeanTest,
     "equivalence": EquivalenceTest,
     "slope": SlopeTest,
@@ -351,8 +351,8 @@ def as_test(test: TestLike) -> StationarityTest:
     """The test that was named or given."""
     if callable(test):
         return test
-    _checks.choice("test", test, _NAMED, "a function from Samples to TestResult")
-    return _NAMED[test]()
+    _checks.choice("test", test, NAMED, "a function from Samples to TestResult")
+    return NAMED[test]()
 
 
 def no_result(dtype: DType) -> TestResult:
