@@ -128,7 +128,7 @@ def as_transformation(
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Controller:
-    """Turns a direction d into the update -learning_rate * d, and tends the rate.
+    """Turns a direction d into the update -learning_rate * d, and cuts the rate.
 
     Attributes:
       learning_rate: a number or a schedule.
@@ -152,8 +152,8 @@ class Controller:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
         _checks.fields(self, min_learning_rate="[0, inf)", factor="(0, 1)")
         _checks.axis_name(self.axis_name)
-        # Compiled here for callers who do not compile their step. Traced anew at every
-        # step, the conditional in it would be compiled anew, too.
+        # For callers who do not compile their step: without this, the conditional in it
+        # would be traced and compiled at every step.
         self._compiled = jax.jit(self._advance)
 
     def _base_rate(self, step: jax.Array, dtype: DType) -> jax.Array:
@@ -175,8 +175,7 @@ class Controller:
         dtype, zero = _tree.statistic_dtype(params), jnp.zeros((), jnp.int32)
         window, statistic = None, ()
         if self.statistic is not None and self.test is not None:
-            width = 2 if _stationarity.uses_scale(self.test) else 1
-            window = _window.empty(width, self.window.max_window, dtype)
+            window = _window.empty(2, self.window.max_window, dtype)
             statistic = self.statistic.init(params)
         return ControllerState(
             step=zero,
@@ -276,8 +275,7 @@ class Controller:
         )
         if state.window is not None:
             self.window.check(state.window)
-            width = state.window.buffer.shape[0]
-            window = _window.push(state.window, row[:width], is_good)
+            window = _window.push(state.window, row, is_good)
             state, has_fired = self._judge(state._replace(window=window), is_good)
             state = self._maybe_cut(state, has_fired, base, rate)
         return state._replace(learning_rate=self.rates(state)[1])

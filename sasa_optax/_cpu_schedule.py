@@ -70,7 +70,7 @@ def in_groups(
 
 
 def _is_never(step: jax.Array) -> jax.Array | None:
-    """A scalar that is False, known to XLA except on a CPU; None to leave the order."""
+    """False, as a scalar that XLA cannot fold on a CPU; None to leave the order."""
     try:
         # Among several devices, each group would wait for a collective.
         if jax.device_count(backend="cpu") > 1:

@@ -199,7 +199,7 @@ def _own_arguments(
 
 @dataclasses.dataclass(eq=False)
 class SearchingController:
-    """Finds the rate that a `Controller` then tends.
+    """Finds the rate that a `Controller` then cuts.
 
     If the controller has a test, the search ends when the losses no longer fall, or
     when the controller cuts the rate.
@@ -214,8 +214,8 @@ class SearchingController:
             for name in ("learning_rate", "min_learning_rate"):
                 least = getattr(self.controller, name)
                 _checks.exceeds("max_learning_rate", most, name, least)
-        # As in the controller. Only what holds the user's own function is compiled
-        # anew at every step of a caller who does not compile it.
+        # As in the controller. If callers do not compile their step, only the part with
+        # their own function is compiled at every step.
         self._compiled = jax.jit(self._learn)
 
     def init(self, params: optax.Params) -> LineSearchState:

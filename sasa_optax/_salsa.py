@@ -252,9 +252,9 @@ def salsa(
     Args:
       steps_per_epoch: see `scale_by_salsa`. It is the one argument worth giving.
       momentum, nu, weight_decay: see `ssls`. The named statistics take this momentum.
-      learning_rate, factor, min_learning_rate, statistic, test, window, search,
-        average, axis_name: see `scale_by_salsa`. The rate is that of normalised
-        momentum, as in `sasa_plus`.
+      learning_rate, factor, min_learning_rate, statistic, test: see `scale_by_salsa`.
+        The rate is that of normalised momentum, as in `sasa_plus`.
+      window, search, average, axis_name: see `scale_by_salsa`.
 
     Returns:
       As `scale_by_salsa`, with a `MomentumState` around the `LineSearchState`. Its own

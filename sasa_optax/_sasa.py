@@ -163,8 +163,9 @@ def sasa_plus(
 
     Args:
       momentum, nu, weight_decay: see `qhm`. The named statistics take this momentum.
-      learning_rate, steps_per_epoch, factor, min_learning_rate, statistic, test,
-        window, average, axis_name: see `scale_by_sasa_plus`.
+      learning_rate, steps_per_epoch, factor, min_learning_rate: see
+        `scale_by_sasa_plus`.
+      statistic, test, window, average, axis_name: see `scale_by_sasa_plus`.
 
     Returns:
       As `scale_by_sasa_plus`, with a `MomentumState` around the `ControllerState`.

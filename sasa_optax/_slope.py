@@ -39,8 +39,8 @@ def slope(
     Args:
       factor: what a drop multiplies the rate by, in (0, 1). Default 0.5.
       test: see `scale_by_sasa_plus`. Default "slope".
-      learning_rate, momentum, nu, weight_decay, steps_per_epoch, min_learning_rate,
-        window, average, axis_name: see `sasa_plus`.
+      learning_rate, momentum, nu, weight_decay, steps_per_epoch: see `sasa_plus`.
+      min_learning_rate, window, average, axis_name: see `sasa_plus`.
 
     Returns:
       As `sasa_plus`. Its ``update`` also needs ``value``, the loss of the mini-batch.

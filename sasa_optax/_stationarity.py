@@ -6,7 +6,7 @@ window at its full capacity, and with the number of samples in it as a traced va
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ class Samples(NamedTuple):
 
     Attributes:
       values: the samples, oldest first, then zeros; shape (max_window,).
-      scales: their scales, likewise; None if the test has ``uses_scale = False``.
+      scales: their scales, likewise.
       num_samples: how many there are, shape (), int32; at least 4.
       step: the step of the newest sample, counted from 1, shape (), int32.
       num_drops: how often the rate was cut before, shape (), int32.
     """
 
     values: jax.Array
-    scales: jax.Array | None
+    scales: jax.Array
     num_samples: jax.Array
     step: jax.Array
     num_drops: jax.Array
@@ -230,10 +230,6 @@ class ZeroMeanTest:
         _checks.fields(self, significance="(0, 1)", delta="(0, inf)")
         _checks.choice("variance", self.variance, _VARIANCES)
 
-    @property
-    def uses_scale(self) -> bool:
-        return self.delta is not None
-
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
@@ -251,7 +247,7 @@ class ZeroMeanTest:
 
     def _says_something(self, estimate: MeanEstimate, samples: Samples) -> jax.Array:
         varies = estimate.standard_error > 0
-        if samples.scales is None or self.delta is None:
+        if self.delta is None:
             return varies
         scale = _mean(samples.scales, samples.num_samples)
         bound = jnp.asarray(self.delta, scale.dtype) * scale
@@ -281,7 +277,6 @@ class EquivalenceTest:
     delta: Numeric = 0.02
     significance: Numeric = 0.2
     variance: str = "batch_means"
-    uses_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.fields(self, delta="(0, inf)", significance="(0, 1)")
@@ -289,7 +284,6 @@ class EquivalenceTest:
 
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
-        assert samples.scales is not None
         estimate = estimate_mean(samples, self.variance)
         scale = _mean(samples.scales, samples.num_samples)
         margin = jnp.asarray(self.delta, scale.dtype) * scale - jnp.abs(estimate.mean)
@@ -319,7 +313,6 @@ class SlopeTest:
 
     significance: Numeric = 0.05
     log_steps: bool = False
-    uses_scale: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _checks.fields(self, significance="(0, 1)")
@@ -347,7 +340,7 @@ class SlopeTest:
         return estimate.result(self.significance, p_value, stationary)
 
 
-_NAMED = {
+NAMED = {
     "zero_mean": ZeroMeanTest,
     "equivalence": EquivalenceTest,
     "slope": SlopeTest,
@@ -358,13 +351,8 @@ def as_test(test: TestLike) -> StationarityTest:
     """The test that was named or given."""
     if callable(test):
         return test
-    _checks.choice("test", test, _NAMED, "a function from Samples to TestResult")
-    return _NAMED[test]()
-
-
-def uses_scale(test: StationarityTest) -> bool:
-    """Whether a test reads the scales. A function without that attribute gets them."""
-    return getattr(test, "uses_scale", True)
+    _checks.choice("test", test, NAMED, "a function from Samples to TestResult")
+    return NAMED[test]()
 
 
 def no_result(dtype: DType) -> TestResult:
@@ -383,8 +371,8 @@ def judge(
 ) -> TestResult:
     """What the test says of the newest ``num_samples``, in the dtypes of the state."""
     rows = _window.contents(window, num_samples)
-    scales = rows[1] if len(rows) == 2 else None
-    result = test(Samples(rows[0], scales, num_samples, step, num_drops))
+    # Losses have no scale. The test that judges them reads none.
+    result = test(Samples(rows[0], rows[-1], num_samples, step, num_drops))
     if not isinstance(result, TestResult):
         raise TypeError(f"test must return a TestResult, got {result!r} from {test!r}.")
     numbers = jnp.stack(

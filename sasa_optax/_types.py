@@ -32,7 +32,7 @@ def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
 
     def decorate(cls: type[_Options]) -> type[_Options]:
         made: Any = dataclasses.dataclass(frozen=True)(cls)
-        names = list(made.__dataclass_fields__)
+        names = [field.name for field in dataclasses.fields(made)]
         traced = [name for name in names if name not in static]
 
         def flatten(options: Any) -> tuple[list[Any], tuple[Any, ...]]:

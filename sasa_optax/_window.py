@@ -28,9 +28,8 @@ class Window:
         Default None: 100, or one epoch within the same limits.
       warmup_steps: the rate does not drop in this many first steps, an integer of at
         least 0. Default 0.
-      max_window: the capacity, an integer greater than ``min_samples``. A sample takes
-        4 bytes, or 8 where the test reads the scale too, and twice that in float64.
-        Default 16384.
+      max_window: the capacity, an integer greater than ``min_samples``. A sample and
+        its scale take 8 bytes, or 16 in float64. Default 16384.
       scale_min_samples: after each drop ``min_samples`` grows by 1/factor, up to what
         ``max_window`` can hold: at a rate ten times smaller, the dynamics need ten
         times the steps to become stationary. This keeps the rate of a long run from

@@ -155,6 +155,25 @@ def test_a_larger_window(name: str) -> None:
         chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@functools.cache
+def _recording(max_window: int) -> tuple[Any, Any]:
+    """An optimizer that keeps its losses, and never tests; and its update."""
+    window = sasa_optax.Window(
+        min_samples=4, max_window=max_window, test_interval=10**6
+    )
+    optimizer = sasa_optax.slope(1.0, window=window)
+    return optimizer, jax.jit(optimizer.update)
+
+
+def _record(state: Any, max_window: int, values: range) -> Any:
+    for value in values:
+        loss = jnp.float32(value)
+        _, state = _recording(max_window)[1](
+            jnp.ones(1), state, jnp.ones(1), value=loss
+        )
+    return state
+
+
 @pytest.mark.parametrize("capacity", [8, 20])
 @pytest.mark.parametrize("new_capacity", [5, 8, 13, 30])
 @pytest.mark.parametrize("num_pushed", [0, 4, 8, 17, 43])
@@ -170,25 +189,12 @@ def test_resized_windows_hold_the_newest(
             float(buffer[(head - num_kept + i) % buffer.size]) for i in range(num_kept)
         ]
 
-    def record(state: Any, optimizer: Any, values: range) -> Any:
-        for value in values:
-            loss = jnp.float32(value)
-            _, state = optimizer.update(jnp.ones(1), state, jnp.ones(1), value=loss)
-        return state
-
-    def optimizer(max_window: int) -> Any:
-        window = sasa_optax.Window(
-            min_samples=4, max_window=max_window, test_interval=10**6
-        )
-        return sasa_optax.slope(1.0, window=window)
-
-    state = record(
-        optimizer(capacity).init(jnp.ones(1)), optimizer(capacity), range(num_pushed)
-    )
+    state = _recording(capacity)[0].init(jnp.ones(1))
+    state = _record(state, capacity, range(num_pushed))
     state = sasa_optax.resize_window(state, new_capacity)
     stored = list(range(num_pushed))[-capacity:][-new_capacity:]
     assert samples(state.controller.window) == stored
-    state = record(state, optimizer(new_capacity), range(100, 103))
+    state = _record(state, new_capacity, range(100, 103))
     stored = [*stored, 100, 101, 102][-new_capacity:]
     assert samples(state.controller.window) == stored
 

@@ -65,18 +65,22 @@ def test_the_statistic_is_the_agreement_with_the_gradients_before(
     np.testing.assert_allclose(recorded, _alignments(grads), rtol=1e-4, atol=1e-5)
 
 
+def _t_test_of_batches(values: np.ndarray) -> Any:
+    """SciPy's t-test of the means of 20 batches, of 20 samples each."""
+    means = values.reshape(20, 20).mean(axis=1)
+    return scipy.stats.ttest_1samp(means, 0, alternative="greater")
+
+
 @pytest.mark.parametrize("mean", [-0.3, 0.1, 0.3, 0.6])
 def test_the_test_is_a_one_sided_t_test_of_batch_means(
     guide: dict[str, Any], mean: float
 ) -> None:
-    # 20 batches of 20 each: with equal batches it is SciPy's test of their means.
     values = mean + np.random.default_rng(3).normal(size=400)
     padded = np.pad(values, (0, 100)).astype(np.float32)
     count = jnp.int32(400)
     samples = sasa_optax.Samples(jnp.asarray(padded), None, count, count, jnp.int32(0))
     result = guide["NotPositiveTest"](significance=0.01)(samples)
-    batches = values.reshape(20, 20).mean(axis=1)
-    expected = scipy.stats.ttest_1samp(batches, 0, alternative="greater")
+    expected = _t_test_of_batches(values)
     interval = expected.confidence_interval(0.99)
     np.testing.assert_allclose(result.p_value, expected.pvalue, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(result.lower, interval.low, rtol=1e-3, atol=1e-4)
@@ -90,9 +94,7 @@ def test_the_significance_of_the_test_can_be_mapped_over(guide: dict[str, Any]) 
     samples = sasa_optax.Samples(
         jnp.asarray(values, jnp.float32), None, count, count, jnp.int32(0)
     )
-    batches = values.reshape(20, 20).mean(axis=1)
-    p_value = scipy.stats.ttest_1samp(batches, 0, alternative="greater").pvalue
-    levels = jnp.array([0.5, 2.0]) * p_value
+    levels = jnp.array([0.5, 2.0]) * _t_test_of_batches(values).pvalue
 
     def judge(test: Any) -> jax.Array:
         return test(samples).stationary
@@ -112,7 +114,7 @@ def test_the_optimizer_drops_once_the_gradients_no_longer_agree(
     state, path = _run(optimizer, jnp.zeros(50), noise)
     assert int(state.controller.num_drops) >= 1
     # Until the first drop it is normalised momentum, at the rate given.
-    first = int(window.min_samples)
+    first = 50
     trace, params = np.zeros(50), np.zeros(50)
     for grad in np.asarray(noise[:first], np.float64):
         trace = 0.1 * grad + 0.9 * trace
@@ -133,6 +135,12 @@ def test_every_module_is_in_the_table() -> None:
     text = (_ROOT / "CONTRIBUTING.md").read_text()
     modules = {path.name for path in (_ROOT / "sasa_optax").glob("_[a-z]*.py")}
     assert set(re.findall(r"`(_[a-z]\w+\.py)`", text)) == modules
+
+
+def test_the_page_of_the_interface_lists_every_public_name_once() -> None:
+    listed = re.findall(r":: sasa_optax\.(\w+)", (_ROOT / "docs/api.rst").read_text())
+    public = {name for name in vars(sasa_optax) if not name.startswith("_")}
+    assert sorted(listed) == sorted(public)
 
 
 # The statistic with a state, in docs/statistics.md.
@@ -167,7 +175,7 @@ def test_the_statistic_of_the_page_remembers_the_gradient_before(
 def test_the_mean_at_stationarity_is_what_the_page_says(page: dict[str, Any]) -> None:
     rate, curvature = 0.4, 0.5
     window = sasa_optax.Window(leak_ratio=2, max_window=8192)
-    optimizer = sasa_optax.sasa_plus(
+    optimizer: Any = sasa_optax.sasa_plus(
         rate, momentum=0.0, statistic=page["agreement_statistic"](), window=window
     )
 

@@ -123,12 +123,6 @@ def test_they_are_frozen_trees_of_their_numbers(options: Any) -> None:
     assert 16384 not in leaves
 
 
-@pytest.mark.parametrize("kind", [sasa_optax.ZeroMeanTest, sasa_optax.EquivalenceTest])
-def test_a_variance_that_does_not_exist_is_refused_at_construction(kind: Any) -> None:
-    with pytest.raises(ValueError, match=r"variance must be 'iid' or .*'nonsense'"):
-        kind(variance="nonsense")
-
-
 # `optax.inject_hyperparams` takes what can be called for a schedule.
 
 _TESTS = [

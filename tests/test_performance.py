@@ -154,8 +154,8 @@ def test_a_population_tests_only_when_a_member_must() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_state_is_small(name: str) -> None:
-    """A window of 16384 numbers each for samples, scales and losses, at most two."""
+    """A window of 16384 numbers each for samples, scales and losses."""
     params = jnp.zeros(1000)
     state = jax.eval_shape(ALL[name]().init, params)
     leaves = [x for x in jax.tree.leaves(state) if x.shape != params.shape]
-    assert sum(x.size * x.dtype.itemsize for x in leaves) < 150_000
+    assert sum(x.size * x.dtype.itemsize for x in leaves) < 200_000

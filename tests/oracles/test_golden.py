@@ -25,7 +25,7 @@ _DROPS_COMPARED = 5
 
 
 def _load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    path = pathlib.Path(__file__).parent / "golden" / f"{name}.npz"
+    path = pathlib.Path(__file__).parent.parent / "golden" / f"{name}.npz"
     with np.load(path) as arrays:
         trace = dict(arrays)
     return trace, json.loads(str(trace.pop("meta")))

@@ -1,0 +1,97 @@
+"""Windows to test, and the tests for stationarity, each compiled once."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sasa_optax import (
+    EquivalenceTest,
+    MeanEstimate,
+    Samples,
+    SlopeTest,
+    TestResult,
+    ZeroMeanTest,
+    estimate_mean,
+)
+
+VARIANCES = ("iid", "batch_means", "overlapping_batch_means")
+# 16^2 + 2*16: of all lengths, those of this form have the most batches for their
+# length, so a full window has as many batches as there can be.
+MAX_WINDOW = 288
+# What lies beyond the samples, where it must not matter.
+JUNK = 1e30
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def estimate(samples: Samples, variance: str) -> MeanEstimate:
+    return estimate_mean(samples, variance)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def zero_mean(samples: Samples, variance: str, significance: float) -> TestResult:
+    return ZeroMeanTest(significance, variance)(samples)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def equivalence(
+    samples: Samples, variance: str, significance: float, delta: float
+) -> TestResult:
+    return EquivalenceTest(delta, significance, variance)(samples)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def slope(samples: Samples, log_steps: bool, significance: float) -> TestResult:
+    return SlopeTest(significance, log_steps)(samples)
+
+
+def padded(values: np.ndarray, max_window: int, padding: float) -> np.ndarray:
+    return np.pad(
+        values,
+        (0, max_window - len(values)),
+        constant_values=values.dtype.type(padding),
+    )
+
+
+def make_samples(
+    values: np.ndarray,
+    scales: np.ndarray | None = None,
+    step: int | None = None,
+    num_drops: int = 1,
+    max_window: int = MAX_WINDOW,
+    padding: float = JUNK,
+) -> Samples:
+    scales = np.ones_like(values) if scales is None else scales
+    return Samples(
+        values=jnp.asarray(padded(values, max_window, padding)),
+        scales=jnp.asarray(padded(scales, max_window, padding)),
+        num_samples=jnp.int32(len(values)),
+        step=jnp.int32(len(values) if step is None else step),
+        num_drops=jnp.int32(num_drops),
+    )
+
+
+def stack(samples: list[Samples]) -> Samples:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+
+
+class Noise(NamedTuple):
+    """What to draw samples from."""
+
+    kind: str
+    seed: int
+
+    def draw(self, n: int, dtype: np.dtype) -> np.ndarray:
+        rng = np.random.default_rng(self.seed)
+        noise = rng.normal(size=n)
+        if self.kind == "ar1":
+            for i in range(1, n):
+                noise[i] += 0.7 * noise[i - 1]
+        if self.kind == "offset":
+            noise += 1e3
+        if self.kind == "shifted":
+            noise += rng.normal() / math.sqrt(n)
+        return noise.astype(dtype)
