@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _tree
+from sasa_optax._types import DType
 
 # A group of leaves is worth more than a dispatch costs, and fits into a cache. Between
 # 1 and 4 MB makes little difference. What fits into a cache as a whole needs no groups.
@@ -27,7 +28,7 @@ def in_groups(
     others: Any,
     products: Callable[[Any, Any], Rows],
     step: jax.Array,
-    dtype: jax.typing.DTypeLike,
+    dtype: DType,
 ) -> tuple[optax.Updates, Rows]:
     """The direction, and its products with other trees, computed group by group.
 
@@ -69,7 +70,7 @@ def in_groups(
 
 
 def _is_never(step: jax.Array) -> jax.Array | None:
-    """A scalar that is False, known to XLA except on a CPU; None to leave the order."""
+    """False, as a scalar that XLA cannot fold on a CPU; None to leave the order."""
     try:
         # Among several devices, each group would wait for a collective.
         if jax.device_count(backend="cpu") > 1:

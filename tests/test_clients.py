@@ -159,9 +159,11 @@ def _model(data: jax.Array) -> None:
     ["sasa", "sasa_plus", "scale_by_sasa_plus", "reduce_on_stationarity", "slope"],
 )
 def test_numpyro(name: str) -> None:
-    arguments = {"min_samples": 50, "test_interval": 10, "leak_ratio": 2}
+    window = sasa_optax.Window(
+        min_samples=50, test_interval=10, leak_ratio=2, max_window=256
+    )
     make = functools.partial(sasa_optax.slope, 1.0) if name == "slope" else ALL[name]
-    ours = make(**arguments, max_window=256)
+    ours = make(window=window)
     adam = [optax.scale_by_adam(), optax.scale(0.02)]
     before = [optax.adam(0.02)] if name == "reduce_on_stationarity" else adam
     optimizer = numpyro.optim.optax_to_numpyro(optax.chain(*before, ours))
@@ -209,7 +211,8 @@ def test_reduce_on_stationarity_drops_in_numpyro_without_a_loss() -> None:
     plateau = optax.contrib.reduce_on_plateau()
     with pytest.raises(TypeError, match="value"):
         plateau.update(grads, plateau.init(params), params)
-    controller = sasa_optax.reduce_on_stationarity(min_samples=50, test_interval=10)
+    window = sasa_optax.Window(min_samples=50, test_interval=10)
+    controller = sasa_optax.reduce_on_stationarity(window=window)
     optimizer = numpyro.optim.optax_to_numpyro(
         optax.chain(optax.adam(0.05), controller)
     )

@@ -24,12 +24,12 @@ import sasa_optax
 _ROOT = pathlib.Path(__file__).parent.parent
 _IMAGES = jax.random.normal(jax.random.key(0), (32, 4))
 _TARGETS = _IMAGES @ jnp.array([[1.0], [-2.0], [0.5], [0.0]])
-_ARGUMENTS = {"min_samples": 10, "test_interval": 5, "leak_ratio": 2}
+_WINDOW = sasa_optax.Window(min_samples=10, test_interval=5, leak_ratio=2)
 
 
 def test_nnx_optimizer() -> None:
     model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
-    transformation = sasa_optax.sasa_plus(0.5, **_ARGUMENTS)
+    transformation = sasa_optax.sasa_plus(0.5, window=_WINDOW)
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
     @nnx.jit
@@ -58,7 +58,7 @@ def test_linen_train_state() -> None:
         apply_fn=model.apply,
         params=params,
         tx=optax.chain(
-            optax.adamw(1e-2), sasa_optax.reduce_on_stationarity(**_ARGUMENTS)
+            optax.adamw(1e-2), sasa_optax.reduce_on_stationarity(window=_WINDOW)
         ),
     )
 

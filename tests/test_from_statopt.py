@@ -5,6 +5,7 @@ What is said here of statopt 0.2 was read in its source, and counted in runs of 
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -12,7 +13,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,12 +102,7 @@ _STATOPT_READS_AT_A_TEST = {
 }
 
 # Small enough that a test comes within a few steps.
-_SMALL: dict[str, Any] = {
-    "min_samples": 4,
-    "test_interval": 1,
-    "leak_ratio": 1,
-    "max_window": 64,
-}
+_SMALL = sasa_optax.Window(min_samples=4, test_interval=1, leak_ratio=1, max_window=64)
 
 
 # The guide's tables.
@@ -146,9 +143,7 @@ class _Row(NamedTuple):
 
 
 def _arguments() -> Iterator[_Row]:
-    ours = dict(
-        zip(_STATOPT, ("qhm", "sasa_plus", "slope", "ssls", "salsa"), strict=True)
-    )
+    ours = dict(zip(_STATOPT, _FUNCTIONS, strict=True))
     for first_cell in ("all classes", "tests", "line search"):
         header, *rows = _table(first_cell)
         column = {name: i for i, cell in enumerate(header) for name in _code(cell)}
@@ -179,10 +174,85 @@ def _translated(row: _Row) -> bool:
     return row.our_default not in (_ABSENT, "required")
 
 
-def _make(function: str, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+# What to write here is a path: that of an argument, or, behind a dot, of a field of the
+# object that is the argument.
+
+_FUNCTIONS = ("qhm", "sasa_plus", "slope", "ssls", "salsa")
+_OPTIONS: dict[str, type] = {
+    "window": sasa_optax.Window,
+    "search": sasa_optax.LineSearch,
+    "search.loss_test": sasa_optax.SlopeTest,
+}
+
+
+def _options(function: str, path: str) -> type:
+    """The class of the object at a path."""
+    own = sasa_optax.SlopeTest if function == "slope" else sasa_optax.ZeroMeanTest
+    return own if path == "test" else _OPTIONS[path]
+
+
+def _signature(function: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(sasa_optax, function)).parameters
+
+
+def _paths(function: str) -> dict[str, Any]:
+    """All that can be written in a call, with the defaults."""
+    found: dict[str, Any] = {}
+    for name, parameter in _signature(function).items():
+        found[name] = parameter.default
+        if name == "test" or name in _OPTIONS:
+            options = _options(function, name)()
+            assert parameter.default in (options, None)
+            found |= _fields(name, options)
+    return found
+
+
+def _fields(path: str, options: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        default = getattr(options, field.name)
+        found[f"{path}.{field.name}"] = default
+        if dataclasses.is_dataclass(default):
+            found |= _fields(f"{path}.{field.name}", default)
+    return found
+
+
+def _to_write(row: _Row) -> list[str]:
+    """The paths in a row: the first is for all functions, others are for the named."""
+    first = _code(row.write_here)[:1]
+    also = re.findall(r"in `(\w+)` also `([\w.]+)`", row.write_here)
+    return first + [path for function, path in also if function == row.function]
+
+
+def _keywords(function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call, from paths and values."""
+    names: dict[str, dict[str, Any]] = {}
+    for path, value in arguments.items():
+        name, _, field = path.partition(".")
+        names.setdefault(name, {})[field] = value
+    return {
+        name: fields[""] if "" in fields else _nested(function, name, fields)
+        for name, fields in names.items()
+    }
+
+
+def _nested(function: str, path: str, fields: Mapping[str, Any]) -> Any:
+    made: dict[str, Any] = {}
+    for name, value in fields.items():
+        field, _, rest = name.partition(".")
+        inner = f"{path}.{field}"
+        made[field] = _nested(function, inner, {rest: value}) if rest else value
+    return _options(function, path)(**made)
+
+
+def _make(
+    function: str, arguments: Mapping[str, Any] = types.MappingProxyType({})
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, from paths and values."""
     required = {"learning_rate": 0.5} if function in _REQUIRES_A_RATE else {}
     make = getattr(sasa_optax, function)
-    return optax.with_extra_args_support(make(**required | kwargs))
+    keywords = _keywords(function, arguments)
+    return optax.with_extra_args_support(make(**required | keywords))
 
 
 _REQUIRES_A_RATE = ("qhm", "sasa_plus", "slope")
@@ -200,20 +270,21 @@ def test_every_argument_of_statopt_is_in_the_tables_with_its_default() -> None:
 
 def test_every_argument_to_write_here_exists_and_has_the_default_stated() -> None:
     for row in _arguments():
-        arguments = inspect.signature(getattr(sasa_optax, row.function)).parameters
-        name = _code(row.write_here)[0] if _code(row.write_here) else ""
+        defaults = _paths(row.function)
         if row.our_default == _ABSENT:
-            assert name not in arguments, row
-        elif row.our_default == "required":
-            assert arguments[name].default is inspect.Parameter.empty, row
-        elif arguments[name].default is not None:
-            assert arguments[name].default == _default(row.our_default), row
+            assert not set(_to_write(row)) & set(defaults), row
+        for path in _to_write(row) if row.our_default != _ABSENT else []:
+            if row.our_default == "required":
+                assert defaults[path] is inspect.Parameter.empty, row
+            elif defaults[path] is not None:
+                assert defaults[path] == _default(row.our_default), row
 
 
 @functools.cache
-def _program(function: str, **kwargs: Any) -> tuple[str, Any]:
+def _program(function: str, path: str = "", value: Any = None) -> tuple[str, Any]:
     """What a step is compiled from, and the state at the start."""
-    optimizer, params = _make(function, **kwargs), jnp.ones(2)
+    optimizer = _make(function, {path: value} if path else {})
+    params = jnp.ones(2)
     state = optimizer.init(params)
 
     def loss(params: jax.Array) -> jax.Array:
@@ -230,18 +301,28 @@ def test_a_default_that_depends_is_what_is_stated() -> None:
     """Those are None in the signature; written out they make the same program."""
     found = set()
     for row in _arguments():
-        arguments = inspect.signature(getattr(sasa_optax, row.function)).parameters
-        name = _code(row.write_here)[0] if _translated(row) else ""
-        if name and arguments[name].default is None:
+        path = _code(row.write_here)[0] if _translated(row) else ""
+        if path and _paths(row.function)[path] is None:
             stated = _default(row.our_default)
             left_out = _program(row.function)
-            assert left_out == _program(row.function, **{name: stated}), row
-            if name not in found:
+            assert left_out == _program(row.function, path, stated), row
+            if path not in found:
                 other = stated // 2 if isinstance(stated, int) else stated / 2
-                assert left_out != _program(row.function, **{name: other}), row
-            found.add(name)
-    names = {"significance", "min_samples", "test_interval", "smoothing"}
-    assert found == names | {"sufficient_decrease"}
+                assert left_out != _program(row.function, path, other), row
+            found.add(path)
+    assert found == {
+        *("window.min_samples", "window.test_interval"),
+        *("search.smoothing", "search.sufficient_decrease"),
+    }
+
+
+@pytest.mark.parametrize("function", ["sasa_plus", "salsa"])
+def test_the_test_that_is_left_out_is_that_of_the_table(function: str) -> None:
+    assert _signature(function)["test"].default is None
+    significance = _paths(function)["test.significance"]
+    left_out = _program(function)
+    assert left_out == _program(function, "test", sasa_optax.ZeroMeanTest())
+    assert left_out != _program(function, "test.significance", significance / 2)
 
 
 def test_values_to_translate_are_those_of_statopt_and_ours() -> None:
@@ -251,7 +332,7 @@ def test_values_to_translate_are_those_of_statopt_and_ours() -> None:
             continue
         for old, new in _translations(row).items():
             seen.add((row.statopt_name, old))
-            _make(row.function, **{_code(row.write_here)[0]: new})
+            _make(row.function, {_code(row.write_here)[0]: new})
             if row.statopt_name == "drop_factor":
                 assert new == 1 / old
             else:
@@ -260,34 +341,49 @@ def test_values_to_translate_are_those_of_statopt_and_ours() -> None:
     assert seen == complete | {("drop_factor", 10), ("drop_factor", 2)}
 
 
+def _written_in(function: str, call: ast.Call, prefix: str = "") -> dict[str, Any]:
+    """The paths and values of a call in the guide."""
+    found: dict[str, Any] = {}
+    for keyword in call.keywords:
+        path = f"{prefix}{keyword.arg}"
+        if isinstance(keyword.value, ast.Call):
+            name = ast.unparse(keyword.value.func)
+            assert name == _options(function, path).__name__
+            found |= _written_in(function, keyword.value, f"{path}.")
+        else:
+            found[path] = ast.literal_eval(keyword.value)
+    return found
+
+
 def test_the_defaults_of_statopt_are_written_as_the_table_says() -> None:
     calls = {}
     for statopt_class, here, call in _table("class of statopt")[1:]:
+        function = _code(here)[0]
         parsed = ast.parse(_code(call)[0]).body[0]
         assert isinstance(parsed, ast.Expr)
         assert isinstance(parsed.value, ast.Call)
-        assert ast.unparse(parsed.value.func) == _code(here)[0]
-        keywords = parsed.value.keywords
-        given = {str(k.arg): ast.literal_eval(k.value) for k in keywords}
+        assert ast.unparse(parsed.value.func) == function
+        given = _written_in(function, parsed.value)
         calls[_code(statopt_class)[0]] = given
-        _make(_code(here)[0], **given)
+        _make(function, given)
     assert set(calls) == set(_STATOPT)
     for row in _arguments():
         if _translated(row) and row.statopt_default != _ABSENT:
             wanted = _default(row.statopt_default)
             wanted = _translations(row).get(wanted, wanted)
-            name = _code(row.write_here)[0]
-            written = calls[row.statopt_class].get(name, _default(row.our_default))
-            assert written == wanted, row
+            for path in _to_write(row):
+                given = calls[row.statopt_class]
+                assert given.get(path, _default(row.our_default)) == wanted, row
 
 
 def test_what_is_new_here_is_listed() -> None:
-    mapped = {_code(r.write_here)[0] for r in _arguments() if _code(r.write_here)}
-    new = set()
-    for function in ("qhm", "sasa_plus", "slope", "ssls", "salsa"):
-        arguments = inspect.signature(getattr(sasa_optax, function)).parameters
-        new |= set(arguments) - mapped
-    listed = _GUIDE[_GUIDE.index("New here") : _GUIDE.index("**`log_steps=True`**")]
+    mapped = {path for row in _arguments() for path in _to_write(row)}
+    # An object is not new where one of its fields is not.
+    mapped |= {path.rpartition(".")[0] for path in mapped}
+    mapped |= {path.partition(".")[0] for path in mapped}
+    offered = {path for function in _FUNCTIONS for path in _paths(function)}
+    new = {path for path in offered if path not in mapped and path.count(".") < 2}
+    (listed,) = re.findall(r"^[^|\n]*\bnew here\b.*?\n\n", _GUIDE, re.M | re.S | re.I)
     assert set(_code(listed)) - mapped == new
 
 
@@ -428,10 +524,10 @@ def test_a_group_may_have_an_optimizer_of_its_own_or_none() -> None:
 def test_a_schedule_is_for_all_but_the_line_searches() -> None:
     schedule = optax.linear_schedule(0.1, 1.0, 10)
     for function in ("qhm", "sasa_plus", "slope"):
-        _make(function, learning_rate=schedule)
+        _make(function, {"learning_rate": schedule})
     for function in ("ssls", "salsa"):
         with pytest.raises(ValueError, match="learning_rate must be a number"):
-            _make(function, learning_rate=schedule)
+            _make(function, {"learning_rate": schedule})
 
 
 # Against what statopt recorded.
@@ -550,7 +646,7 @@ def test_the_rate_can_have_a_floor() -> None:
     @jax.jit
     def rate_at_the_end(floor: float) -> jax.Array:
         optimizer = sasa_optax.sasa_plus(
-            0.5, test=_always_stationary, min_learning_rate=floor, **_SMALL
+            0.5, test=_always_stationary, min_learning_rate=floor, window=_SMALL
         )
         return _on_losses(optimizer, jnp.zeros(100))["learning_rate"][-1]
 
@@ -568,6 +664,10 @@ def _always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
     return sasa_optax.TestResult(mean=jnp.sum(samples.values), stationary=True)
 
 
+def _warming_up(warmup_steps: Any) -> sasa_optax.Window:
+    return dataclasses.replace(_SMALL, warmup_steps=warmup_steps)
+
+
 def _statopt_slots(num_steps: int, leak_ratio: int) -> int:
     """Of its buffer, by the rule in the guide: so long since the last drop."""
     slots, end = 1000, 0
@@ -583,7 +683,7 @@ def _statopt_slots(num_steps: int, leak_ratio: int) -> int:
 
 def test_the_memory_of_samples_is_fixed_and_statopts_grows() -> None:
     optimizer = sasa_optax.sasa_plus(
-        0.1, test=_always_stationary, warmup_steps=10**6, **_SMALL
+        0.1, test=_always_stationary, window=_warming_up(10**6)
     )
 
     def num_bytes(state: Any) -> int:
@@ -601,8 +701,8 @@ def test_the_memory_of_samples_is_fixed_and_statopts_grows() -> None:
     eight, all_of_them = _statopt_slots(10**6, 8), _statopt_slots(10**6, 1)
     assert f"need {eight} slots for {10**6 // 8} samples" in _PROSE
     assert f"with `leak_ratio=1` {all_of_them} for all" in _PROSE
-    arguments = inspect.signature(sasa_optax.sasa_plus).parameters
-    full = arguments["leak_ratio"].default * arguments["max_window"].default
+    window = sasa_optax.Window()
+    full = window.leak_ratio * window.max_window
     assert f"`leak_ratio * max_window` = {full} steps" in _PROSE
 
 
@@ -726,17 +826,17 @@ def _on_losses(optimizer: Any, losses: jax.Array) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def _salsa_on_losses(losses: jax.Array, warmup_steps: int) -> dict[str, jax.Array]:
+def _salsa_on_losses(losses: jax.Array, warmup_steps: Any) -> dict[str, jax.Array]:
     """Its test of the statistic fires from step 5 on, and acts after the warm-up."""
     optimizer = sasa_optax.salsa(
-        1e-6, test=_always_stationary, warmup_steps=warmup_steps, **_SMALL
+        1e-6, test=_always_stationary, window=_warming_up(warmup_steps)
     )
     return _on_losses(optimizer, losses)
 
 
 @jax.jit
 def _slope_on_losses(losses: jax.Array) -> dict[str, jax.Array]:
-    return _on_losses(sasa_optax.slope(1e-6, **_SMALL), losses)
+    return _on_losses(sasa_optax.slope(1e-6, window=_SMALL), losses)
 
 
 _FALLING = -np.arange(40, dtype=np.float32)
@@ -753,7 +853,7 @@ def test_a_test_that_fires_during_warmup_does_not_end_the_search() -> None:
 def test_a_nan_sample_is_left_out() -> None:
     # The samples of SASA+, of which the result holds the sum.
     optimizer = sasa_optax.sasa_plus(
-        1.0, momentum=0.0, test=_always_stationary, warmup_steps=100, **_SMALL
+        1.0, momentum=0.0, test=_always_stationary, window=_warming_up(100)
     )
     params = jnp.ones(2)
     update, state = jax.jit(optimizer.update), optimizer.init(params)
@@ -808,11 +908,10 @@ def test_log_steps_count_from_the_start_of_the_training() -> None:
     losses = np.arange(60.0) + rng.normal(size=60)
     optimizer = sasa_optax.slope(
         jnp.float64(1.0),
-        log_steps=True,
-        min_samples=10,
-        test_interval=30,
-        leak_ratio=2,
-        max_window=64,
+        test=sasa_optax.SlopeTest(log_steps=True),
+        window=sasa_optax.Window(
+            min_samples=10, test_interval=30, leak_ratio=2, max_window=64
+        ),
     )
     metrics = jax.jit(functools.partial(_on_losses, optimizer))(losses)
     assert np.flatnonzero(np.diff(metrics["num_drops"], prepend=0)).tolist() == [29, 59]
@@ -826,13 +925,13 @@ def test_log_steps_count_from_the_start_of_the_training() -> None:
 
 
 def test_what_statopt_lets_pass_is_refused() -> None:
-    for name, value in (("smoothing", 5.0), ("momentum", 1.0), ("nu", 7.0)):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            sasa_optax.salsa(**{name: value})
+    for path, value in (("search.smoothing", 5.0), ("momentum", 1.0), ("nu", 7.0)):
+        with pytest.raises(ValueError, match=f"{path.split('.')[-1]} must be"):
+            _make("salsa", {path: value})
     # And what it refuses, is not.
-    sasa_optax.sasa_plus(0.1, min_samples=4)
+    _make("sasa_plus", {"window.min_samples": 4})
     with pytest.raises(ValueError, match="min_samples must be"):
-        sasa_optax.sasa_plus(0.1, min_samples=3)
+        _make("sasa_plus", {"window.min_samples": 3})
 
 
 def test_after_the_switch_nothing_is_evaluated(guide: dict[str, Any]) -> None:
