@@ -75,9 +75,12 @@ def merged(rows: Iterable[Row], row: Row, place: Callable[[Row], Any]) -> list[R
     return list({place(each): each for each in [*rows, row]}.values())
 
 
-def markdown(heads: Sequence[Any], rows: Iterable[Iterable[Any]]) -> str:
-    """A table; the first column is left-aligned, the others are right-aligned."""
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+def markdown(
+    heads: Sequence[Any], rows: Iterable[Iterable[Any]], num_left: int = 1
+) -> str:
+    """A table, whose columns after the first ``num_left`` are right-aligned."""
+    rule = ["---"] * num_left + ["--:"] * (len(heads) - num_left)
+    lines = [heads, rule, *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import OPTIMIZERS, PARAMS, SMALL, small, smaller
+from optimizers import ALL, OPTIMIZERS, PARAMS, PLAIN, SERVOS, SMALL, small, smaller
 
 import sasa_optax
 
@@ -328,6 +328,20 @@ class TestEveryOptimizer:
             chex.assert_trees_all_close(updates, wanted, rtol=1e-5)
         chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-5)
         assert int(optax.tree.get(expected, "last_test").at_step) >= 5
+        assert int(optax.tree.get(expected, "step")) == 8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_has_one_step_at_most(name: str) -> None:
+    """`optax.tree.get` raises an error if there are several."""
+    state = ALL[name](**SMALL).init(PARAMS)
+    counts_steps = name not in (*PLAIN, *SERVOS)
+    assert len(optax.tree.get_all_with_path(state, "step")) == counts_steps
+    assert optax.tree.get(state, "step") == (0 if counts_steps else None)
+
+
+def test_a_result_has_its_step_under_both_names() -> None:
+    assert sasa_optax.TestResult(at_step=7).step == 7
 
 
 class QhmVariants(chex.TestCase):

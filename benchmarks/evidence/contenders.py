@@ -64,17 +64,15 @@ class Method:
         return len(self.rates) > 1
 
 
-def constant(s: Setting) -> optax.GradientTransformation:
-    return sasa_optax.qhm(s.rate, weight_decay=s.task.weight_decay)
+def constant(s: Setting) -> jax.Array:
+    return s.rate
 
 
-def steps(s: Setting) -> optax.GradientTransformation:
+def steps(s: Setting) -> optax.Schedule:
     """A tenth of the rate after a half of the steps, and again after three quarters."""
     cuts = {s.num_steps // 2: 0.1, s.num_steps * 3 // 4: 0.1}
     schedule = optax.piecewise_constant_schedule(1.0, cuts)
-    return sasa_optax.qhm(
-        lambda step: s.rate * schedule(step), weight_decay=s.task.weight_decay
-    )
+    return lambda step: s.rate * schedule(step)
 
 
 def cosine(s: Setting) -> optax.Schedule:
@@ -82,37 +80,26 @@ def cosine(s: Setting) -> optax.Schedule:
     return lambda step: s.rate * schedule(step)
 
 
-def sgd_cosine(s: Setting) -> optax.GradientTransformation:
-    return sasa_optax.qhm(cosine(s), weight_decay=s.task.weight_decay)
+def linear(s: Setting) -> optax.Schedule:
+    return optax.linear_schedule(1.0, 0.0, s.num_steps)
 
 
-def adamw(rate: Any, s: Setting) -> optax.GradientTransformation:
-    return optax.adamw(rate, weight_decay=s.task.decoupled_decay)
+def momentum(schedule: Callable[[Setting], optax.ScalarOrSchedule]) -> Make:
+    return lambda s: sasa_optax.qhm(schedule(s), weight_decay=s.task.weight_decay)
 
 
-def schedule_free_sgd(s: Setting) -> optax.GradientTransformation:
-    # Its own weight decay is coupled.
-    return optax.contrib.schedule_free_sgd(
-        warmup_steps=s.num_steps // 20, weight_decay=s.task.weight_decay
+def adam(
+    optimizer: Make, schedule: Callable[[Setting], optax.ScalarOrSchedule]
+) -> Make:
+    """An optimizer of Adam's kin, with decoupled weight decay."""
+    return lambda s: optimizer(schedule(s), weight_decay=s.task.decoupled_decay)
+
+
+def schedule_free(optimizer: Make, decay: str) -> Make:
+    """``decay`` names the kind of weight decay that the optimizer has."""
+    return lambda s: optimizer(
+        warmup_steps=s.num_steps // 20, weight_decay=getattr(s.task, decay)
     )
-
-
-def schedule_free_adamw(s: Setting) -> optax.GradientTransformation:
-    return optax.contrib.schedule_free_adamw(
-        warmup_steps=s.num_steps // 20, weight_decay=s.task.decoupled_decay
-    )
-
-
-def prodigy(schedule: optax.ScalarOrSchedule, s: Setting) -> Any:
-    return optax.contrib.prodigy(schedule, weight_decay=s.task.decoupled_decay)
-
-
-def prodigy_linear(s: Setting) -> optax.GradientTransformation:
-    return prodigy(optax.linear_schedule(1.0, 0.0, s.num_steps), s)
-
-
-def dadapt_adamw(s: Setting) -> optax.GradientTransformation:
-    return optax.contrib.dadapt_adamw(cosine(s), weight_decay=s.task.decoupled_decay)
 
 
 def dog(s: Setting) -> optax.GradientTransformation:
@@ -124,14 +111,14 @@ def dog(s: Setting) -> optax.GradientTransformation:
 
 
 def mechanize(s: Setting) -> optax.GradientTransformation:
-    return optax.contrib.mechanize(adamw(cosine(s), s))
+    return optax.contrib.mechanize(adam(optax.adamw, cosine)(s))
 
 
 def reduce_on_plateau(s: Setting) -> optax.GradientTransformation:
     # It gets an epoch's losses at a time, as it takes the noise in one for a plateau.
     size = s.task.steps_per_epoch or 100
     plateau = optax.contrib.reduce_on_plateau(accumulation_size=size)
-    return optax.chain(adamw(s.rate, s), plateau)
+    return optax.chain(ADAMW(s), plateau)
 
 
 def ours(optimizer: Callable[..., Any], **arguments: Any) -> Make:
@@ -144,12 +131,13 @@ def ours(optimizer: Callable[..., Any], **arguments: Any) -> Make:
     return make
 
 
-def reduced(inner: Make, **arguments: Any) -> Make:
-    """`reduce_on_stationarity` after another optimizer."""
+def behind(inner: Make, transformation: Make, **arguments: Any) -> Make:
+    """A transformation of this library after another optimizer."""
 
     def make(s: Setting, **more: Any) -> optax.GradientTransformation:
-        named = s.per_epoch() | arguments | more
-        return optax.chain(inner(s), sasa_optax.reduce_on_stationarity(**named))
+        is_told = transformation is sasa_optax.reduce_on_stationarity
+        named = (s.per_epoch() if is_told else {}) | arguments | more
+        return optax.chain(inner(s), transformation(**named))
 
     return make
 
@@ -164,71 +152,57 @@ def adam_salsa(s: Setting, **more: Any) -> optax.GradientTransformation:
     )
 
 
-def adamw_constant(s: Setting) -> optax.GradientTransformation:
-    return adamw(s.rate, s)
-
-
-def averaged(inner: Make) -> Make:
-    """`average_iterates` after another optimizer."""
-
-    def make(s: Setting, **more: Any) -> optax.GradientTransformation:
-        return optax.chain(inner(s), sasa_optax.average_iterates(**more))
-
-    return make
-
-
-def following(inner: Make, **arguments: Any) -> Make:
-    """`adapt_on_progress` after another optimizer."""
-
-    def make(s: Setting, **more: Any) -> optax.GradientTransformation:
-        servo = sasa_optax.adapt_on_progress(**(arguments | more))
-        return optax.chain(inner(s), servo)
-
-    return make
-
+ADAMW, SGD = adam(optax.adamw, constant), momentum(constant)
+PRODIGY = adam(optax.contrib.prodigy, lambda s: 1.0)
 
 # The tolerance of the stored runs, somewhat stricter than the default of 0.02.
 _EQUIVALENCE = EquivalenceTest(delta=0.3 / 19)
 _centred = functools.partial(
     sasa_optax.salsa, statistic="centred", test=EquivalenceTest(delta=0.35)
 )
+_adapt, _average = sasa_optax.adapt_on_progress, sasa_optax.average_iterates
+_reduce = sasa_optax.reduce_on_stationarity
 _our = functools.partial(Method, is_ours=True)
 _averaged = functools.partial(_our, evaluated_at="averaged_params")
 
 METHODS: dict[str, Method] = {
     "adamw-progress": _averaged(
-        following(adamw_constant), (1e-3,), sensitivity_rates=PROGRESS_RATES
+        behind(ADAMW, _adapt), (1e-3,), sensitivity_rates=PROGRESS_RATES
     ),
-    "adamw-progress(learning_rate=1e-05)": _averaged(
-        following(adamw_constant), (1e-5,)
-    ),
-    "adamw-progress(learning_rate=0.01)": _averaged(following(adamw_constant), (1e-2,)),
-    "prodigy-progress": _averaged(following(functools.partial(prodigy, 1.0))),
-    "sgd-progress": _averaged(following(constant)),
-    "sgd-constant": Method(constant, SGD_RATES, sensitivity_rates=SENSITIVITY_RATES),
-    "sgd-steps": Method(steps, SGD_RATES, knows_horizon=True),
+    "adamw-progress(learning_rate=1e-05)": _averaged(behind(ADAMW, _adapt), (1e-5,)),
+    "adamw-progress(learning_rate=0.01)": _averaged(behind(ADAMW, _adapt), (1e-2,)),
+    "prodigy-progress": _averaged(behind(PRODIGY, _adapt)),
+    "sgd-progress": _averaged(behind(SGD, _adapt)),
+    "sgd-constant": Method(SGD, SGD_RATES, sensitivity_rates=SENSITIVITY_RATES),
+    "sgd-steps": Method(momentum(steps), SGD_RATES, knows_horizon=True),
     "sgd-cosine": Method(
-        sgd_cosine,
+        momentum(cosine),
         SGD_RATES,
         knows_horizon=True,
         sensitivity_rates=SENSITIVITY_RATES,
     ),
     "adamw-cosine": Method(
-        lambda s: adamw(cosine(s), s),
+        adam(optax.adamw, cosine),
         ADAM_RATES,
         knows_horizon=True,
         sensitivity_rates=ADAM_SENSITIVITY_RATES,
     ),
-    "adamw-1e-3": Method(adamw_constant, (1e-3,)),
+    "adamw-1e-3": Method(ADAMW, (1e-3,)),
     "adamw-plateau": Method(reduce_on_plateau, (1e-3,)),
     "schedule-free-sgd": Method(
-        schedule_free_sgd, knows_horizon=True, evaluated_at="schedule_free"
+        schedule_free(optax.contrib.schedule_free_sgd, "weight_decay"),
+        knows_horizon=True,
+        evaluated_at="schedule_free",
     ),
     "schedule-free-adamw": Method(
-        schedule_free_adamw, knows_horizon=True, evaluated_at="schedule_free"
+        schedule_free(optax.contrib.schedule_free_adamw, "decoupled_decay"),
+        knows_horizon=True,
+        evaluated_at="schedule_free",
     ),
-    "prodigy-linear": Method(prodigy_linear, knows_horizon=True),
-    "dadapt-adamw-cosine": Method(dadapt_adamw, knows_horizon=True),
+    "prodigy-linear": Method(adam(optax.contrib.prodigy, linear), knows_horizon=True),
+    "dadapt-adamw-cosine": Method(
+        adam(optax.contrib.dadapt_adamw, cosine), knows_horizon=True
+    ),
     "dog-averaged": Method(dog, evaluated_at="average"),
     "mechanize-adamw-cosine": Method(mechanize, knows_horizon=True),
     "salsa": _our(
@@ -242,26 +216,24 @@ METHODS: dict[str, Method] = {
     "sasa": _our(ours(sasa_optax.sasa)),
     "slope": _our(ours(sasa_optax.slope)),
     "adamw-stationarity": _our(
-        reduced(adamw_constant), (1e-3,), sensitivity_rates=ADAM_SENSITIVITY_RATES
+        behind(ADAMW, _reduce), (1e-3,), sensitivity_rates=ADAM_SENSITIVITY_RATES
     ),
     "adamw-stationarity-equivalence": _our(
-        reduced(adamw_constant, test=_EQUIVALENCE), (1e-3,)
+        behind(ADAMW, _reduce, test=_EQUIVALENCE), (1e-3,)
     ),
-    "prodigy-stationarity": _our(reduced(functools.partial(prodigy, 1.0))),
+    "prodigy-stationarity": _our(behind(PRODIGY, _reduce)),
     "prodigy-stationarity-equivalence": _our(
-        reduced(functools.partial(prodigy, 1.0), test=_EQUIVALENCE)
+        behind(PRODIGY, _reduce, test=_EQUIVALENCE)
     ),
     "adam-salsa": _our(adam_salsa, (1e-3,)),
     "salsa-averaged": _averaged(ours(sasa_optax.salsa), (1e-3,)),
     "salsa-centred-averaged": _averaged(ours(_centred), (1e-3,)),
     "sasa-plus-averaged": _averaged(ours(sasa_optax.sasa_plus, average=True)),
     "adam-salsa-averaged": _averaged(adam_salsa, (1e-3,)),
-    "adamw-1e-3-averaged": _averaged(averaged(adamw_constant), (1e-3,)),
-    "prodigy-averaged": _averaged(averaged(functools.partial(prodigy, 1.0))),
-    "prodigy-stationarity-averaged": _averaged(
-        reduced(functools.partial(prodigy, 1.0), average=True)
-    ),
-    "sgd-constant-averaged": _averaged(averaged(constant), SGD_RATES),
+    "adamw-1e-3-averaged": _averaged(behind(ADAMW, _average), (1e-3,)),
+    "prodigy-averaged": _averaged(behind(PRODIGY, _average)),
+    "prodigy-stationarity-averaged": _averaged(behind(PRODIGY, _reduce, average=True)),
+    "sgd-constant-averaged": _averaged(behind(SGD, _average), SGD_RATES),
 }
 
 # Compared at a quarter, a half and all of the steps.

@@ -17,6 +17,10 @@ TITLES = {
 }
 
 
+# The heads of the columns of text, which come first.
+TEXTS = {"parameters", "form", "", "beside"}
+
+
 def ratio_cell(row: Row) -> str:
     low, high = row["quartiles"]
     return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
@@ -58,7 +62,9 @@ def tables(rows: Sequence[Row]) -> str:
     parts = []
     for section, title in TITLES.items():
         if lines := [columns_of(row) for row in ordered if row["section"] == section]:
-            table = publishing.markdown(list(lines[0]), map(dict.values, lines))
+            heads = list(lines[0])
+            num_left = len(TEXTS & lines[0].keys())
+            table = publishing.markdown(heads, map(dict.values, lines), num_left)
             parts.append(f"### {title}\n\n{table}")
     return "\n\n".join(parts)
 

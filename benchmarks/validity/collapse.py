@@ -60,7 +60,7 @@ def medians(seeds: int, *settings: Any) -> list[str]:
     runs = [train(jax.random.key(seed), *settings) for seed in range(seeds)]
     columns = zip(*runs, strict=True)
     loss, rate, drops = (statistics.median(map(float, column)) for column in columns)
-    return [f"{loss:.3g}", f"{rate:.1e}" if rate else "0", f"{drops:g}"]
+    return [f"{loss:.3g}", f"{rate:.2g}", f"{drops:g}"]
 
 
 def table(seeds: int, all_steps: list[int]) -> str:

@@ -57,7 +57,7 @@ def methods_table(
         return [name, *("" if row is None else content(row) for row in rows)]
 
     heads = ["cell", *(f"`{method}`" for method in methods)]
-    return markdown(heads, map(line, names_in(cells)[0]))
+    return markdown(heads, map(line, names_in(cells)[0]), num_left=len(heads))
 
 
 def first_drop_text(row: Row) -> str:
