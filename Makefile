@@ -29,8 +29,9 @@ test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
 # On a CPU with one device the leaves are computed in sequence. With eight they are not.
 test-one-device: $(VENV)/.dev  ## The tests that can run on a single device.
 	NUM_DEVICES=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "" \
-		tests/test_controller.py tests/test_everywhere.py tests/test_fuzz.py \
-		tests/test_golden.py tests/test_line_search.py tests/test_statistics.py
+		tests/everywhere tests/oracles tests/test_controller.py tests/test_fuzz.py \
+		tests/test_line_search*.py tests/test_momentum.py \
+		tests/test_own_statistics.py tests/test_statistics.py
 
 # The lower bounds of pyproject.toml. Flax, Orbax, Equinox and NumPyro have later ones,
 # and the measurements of docs/validity.md take ten times as long there.

@@ -64,8 +64,12 @@ def in_groups(
             return direction, []
         rows.append(found)
         used = _tree.total([x for row in found for x in row], dtype)
-        one = jnp.where(is_never, jax.lax.stop_gradient(used), 1)
+        # Each one has a second use. Otherwise XLA turns the division into a product and
+        # computes that twice.
+        one = jnp.where(is_never, jax.lax.stop_gradient(used), one)
     joined = [[x for row in parts for x in row] for parts in zip(*rows, strict=True)]
+    if leaves:
+        joined[0][0] = joined[0][0] / one
     return jax.tree.unflatten(structure, leaves), joined
 
 

@@ -89,8 +89,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in item.iter_markers("environment"):
             group, environment, *names = marker.args
-            params = item.callspec.params if hasattr(item, "callspec") else {}
-            names = names or [params["name"]]
+            callspec: Any = getattr(item, "callspec", None)
+            names = names or [callspec.params["name"]]
             item.user_properties.append(("cells", [group, environment, names]))
 
 
@@ -103,7 +103,8 @@ class _Matrix:
         self.passed: dict[str, dict[str, dict[str, bool]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for _, (group, environment, names) in report.user_properties:
+        properties: list[tuple[str, Any]] = report.user_properties
+        for _, (group, environment, names) in properties:
             row = self.passed.setdefault(group, {}).setdefault(environment, {})
             for name in names:
                 row[name] = row.get(name, True) and report.outcome == "passed"

@@ -204,6 +204,24 @@ ALL: dict[str, Callable[..., Optimizer]] = OPTIMIZERS | {
 }
 
 
+def started(
+    optimizer: optax.GradientTransformation, params: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """The initial state, and the compiled update.
+
+    The types of optax know no state but a tree of arrays. Here it may be anything.
+    """
+    return optimizer.init(params), jax.jit(optimizer.update)
+
+
+def take_step(
+    update: Callable[..., Any], grads: Any, state: Any, params: Any, **extra_args: Any
+) -> tuple[Any, Any]:
+    """The parameters and the state after a step."""
+    updates, state = update(grads, state, params, **extra_args)
+    return optax.apply_updates(params, updates), state
+
+
 @functools.cache
 def small(name: str) -> tuple[Optimizer, Callable[..., Any]]:
     """An optimizer and its compiled update, for the tests that can share them."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optimizers import started, take_step
 
 import sasa_optax
 from sasa_optax import _cpu_schedule
@@ -28,11 +29,11 @@ def lagged_statistic(weight: float = 0.1) -> sasa_optax.Statistic:
     def init(params: optax.Params) -> Lagged:
         return Lagged(jax.tree.map(jnp.copy, params), optax.tree.zeros_like(params))
 
-    def pairs(t: sasa_optax.Transition, state: Lagged) -> Any:
+    def pairs(t: Any, state: Lagged) -> Any:
         offset = jax.tree.map(jnp.subtract, t.new_params, state.average)
         return [(t.grad, state.previous), (offset, state.previous)]
 
-    def sample(products: list[jax.Array], t: sasa_optax.Transition, state: Lagged):
+    def sample(products: list[jax.Array], t: Any, state: Lagged) -> Any:
         value = products[0] + products[1]
         moved = jax.tree.map(
             lambda c, x: c + weight * (x - c), state.average, t.new_params
@@ -48,16 +49,14 @@ def lagged_statistic(weight: float = 0.1) -> sasa_optax.Statistic:
 def recorded(params: Any, num_steps: int, seed: int = 0) -> tuple[Any, np.ndarray]:
     """The samples of a run under jit, and what NumPy makes of the same run."""
     optimizer = sasa_optax.scale_by_sasa_plus(0.1, statistic=lagged_statistic())
-    update = jax.jit(optimizer.update)
-    state, expected = optimizer.init(params), []
+    (state, update), expected = started(optimizer, params), []
     rng = np.random.default_rng(seed)
     average = previous = None
     for _ in range(num_steps):
         grads = jax.tree.map(
             lambda x: x + rng.normal(size=x.shape).astype(x.dtype), params
         )
-        updates, state = update(grads, state, params)
-        new_params = optax.apply_updates(params, updates)
+        new_params, state = take_step(update, grads, state, params)
         x, new_x, g = (
             np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
             for tree in (params, new_params, grads)

@@ -12,8 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from optimizers import small
+from optimizers import small, take_step
 
 NOISE = 0.1 * np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32)
 START = np.ones(2, np.float32)
@@ -29,8 +28,7 @@ def run(
     update: Callable[..., Any], params: Any, state: Any, noise: Any
 ) -> tuple[Any, Any]:
     for row in noise:
-        updates, state = update(grads_at(row, params), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = take_step(update, grads_at(row, params), state, params)
     return params, state
 
 

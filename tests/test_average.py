@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import SMALL, smaller, squares
+from optimizers import SMALL, smaller, squares, started, take_step
 
 import sasa_optax
 
 _STEPS = 40
 _NOISE = np.random.default_rng(0).normal(size=(_STEPS, 5))
+
+
+def _averaged(opt_state: Any, params: Any = None) -> Any:
+    return sasa_optax.averaged_params(opt_state, params)
 
 
 def _weights(steps: int, leak_ratio: float, min_horizon: float) -> np.ndarray:
@@ -69,7 +73,7 @@ def test_it_is_the_weighted_sum(
     xs = np.random.default_rng(seed).normal(size=(_STEPS + 1, 3))
     state = _average_of(leak_ratio, min_horizon, xs)
     expected = _weights(_STEPS, leak_ratio, min_horizon) @ xs
-    actual = sasa_optax.averaged_params(state)
+    actual = _averaged(state)
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
     assert int(state.num_averaged) == _STEPS
 
@@ -115,7 +119,7 @@ def test_average_true_is_average_iterates_behind_it(name: str, leak_ratio: int) 
     other_xs, behind = _iterates(chained, params)
     chex.assert_trees_all_close(xs, other_xs, rtol=1e-5)
     for one, other in zip(with_it, behind, strict=True):
-        actual, expected = map(sasa_optax.averaged_params, (one, other))
+        actual, expected = map(_averaged, (one, other))
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
@@ -127,7 +131,7 @@ def test_a_drop_leaves_the_average_as_it_is() -> None:
     xs, states = _iterates(optimizer, jnp.ones(5))
     assert int(optax.tree.get(states[-1], "num_drops")) > 3
     expected = _weights(_STEPS, 1, 32) @ np.asarray(xs)
-    actual = sasa_optax.averaged_params(states[-1])
+    actual = _averaged(states[-1])
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
@@ -159,13 +163,13 @@ def test_by_default_only_salsa_averages() -> None:
 def test_types(x64: None, dtype: str, of_average: str | None, kept: str) -> None:
     params = {"x": jnp.ones(3, dtype)}
     optimizer = sasa_optax.average_iterates(dtype=of_average)
-    state = optimizer.init(params)
+    state, update = started(optimizer, params)
     assert state.averaged["x"].dtype == kept
-    updates, new = optimizer.update(params, state, params)
+    updates, new = update(params, state, params)
     chex.assert_trees_all_equal_dtypes(new, state)
     chex.assert_trees_all_equal(updates, params)
     params = optax.apply_updates(params, updates)
-    actual = sasa_optax.averaged_params(new, params)
+    actual = _averaged(new, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, params)
     # What is not averaged is as it is.
     expected = 2 if dtype == "int32" else 1 + 1 / 32
@@ -182,7 +186,7 @@ def test_it_does_not_stand_still_in_half_precision() -> None:
         return optimizer.update(zero, state, x)[1], None
 
     state, _ = jax.lax.scan(step, optimizer.init(zero), jnp.arange(20_000))
-    assert float(state.averaged[0]) == pytest.approx(0.5, abs=1e-3)
+    assert float(_averaged(state)[0]) == pytest.approx(0.5, abs=1e-3)
 
 
 # Getting at it.
@@ -205,7 +209,7 @@ def test_from_a_chain_inside_jit_and_out() -> None:
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     state, params = _taken(optax.chain(optax.clip(9.0), _SGD), params)
     for given in (None, params):
-        actual = sasa_optax.averaged_params(state, given)
+        actual = _averaged(state, given)
         chex.assert_trees_all_close(
             actual, jax.tree.map(lambda x: jnp.full_like(x, _AFTER_ONE), params)
         )
@@ -217,8 +221,8 @@ def test_from_a_chain_inside_jit_and_out() -> None:
 def test_the_state_may_be_donated_afterwards() -> None:
     state, params = _taken(_SGD, jnp.ones(3))
     kept = [
-        sasa_optax.averaged_params(state),
-        sasa_optax.averaged_params(state, params),
+        _averaged(state),
+        _averaged(state, params),
     ]
     jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(state)
     for average in kept:
@@ -234,13 +238,13 @@ def test_from_masked(mask: Any) -> None:
         optax.sgd(1.0), optax.masked(sasa_optax.average_iterates(), mask)
     )
     state, params = _taken(optimizer, params)
-    actual = sasa_optax.averaged_params(state, params)
+    actual = _averaged(state, params)
     chex.assert_trees_all_equal_structs(actual, params)
     np.testing.assert_allclose(actual["a"], _AFTER_ONE)
     # In the place of what is not averaged, the parameters.
     np.testing.assert_allclose(actual["b"]["c"], 0.0)
     with pytest.raises(ValueError, match="params is needed"):
-        sasa_optax.averaged_params(state)
+        _averaged(state)
 
 
 def test_from_partition() -> None:
@@ -250,12 +254,12 @@ def test_from_partition() -> None:
         {"a": "fast", "b": "slow", "c": "none"},
     )
     state, params = _taken(optimizer, params)
-    actual = sasa_optax.averaged_params(state, params)
+    actual = _averaged(state, params)
     np.testing.assert_allclose(actual["a"], _AFTER_ONE)
     np.testing.assert_allclose(actual["b"], _AFTER_ONE)
     np.testing.assert_allclose(actual["c"], 0.0)
     with pytest.raises(ValueError, match="params is needed"):
-        sasa_optax.averaged_params(state)
+        _averaged(state)
 
 
 def test_from_multi_steps() -> None:
@@ -265,16 +269,14 @@ def test_from_multi_steps() -> None:
     for expected in (1.0, _AFTER_ONE):
         updates, state = update(jnp.ones(3), state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(
-            sasa_optax.averaged_params(state, params), expected, rtol=1e-6
-        )
+        np.testing.assert_allclose(_averaged(state, params), expected, rtol=1e-6)
 
 
 def test_the_centre_of_a_statistic_is_not_the_averaged_model() -> None:
     optimizer = sasa_optax.sasa_plus(1.0, statistic="centred")
     state, params = _taken(optimizer, jnp.ones(3))
     with pytest.raises(ValueError, match="opt_state must hold an average"):
-        sasa_optax.averaged_params(state, params)
+        _averaged(state, params)
 
 
 # Mistakes.
@@ -303,8 +305,9 @@ def test_double_precision_must_be_there() -> None:
 
 
 def test_average_must_be_a_boolean() -> None:
+    arguments: dict[str, Any] = {"average": 8}
     with pytest.raises(ValueError, match="average must be True or False, got 8"):
-        sasa_optax.sasa_plus(1.0, average=8)  # pyright: ignore[reportArgumentType]
+        sasa_optax.sasa_plus(1.0, **arguments)
 
 
 def test_update_needs_params() -> None:
@@ -316,26 +319,26 @@ def test_update_needs_params() -> None:
 def test_no_average_or_two() -> None:
     params = jnp.ones(2)
     with pytest.raises(ValueError, match="opt_state must hold an average"):
-        sasa_optax.averaged_params(optax.adam(1.0).init(params), params)
+        _averaged(optax.adam(1.0).init(params), params)
     two = optax.chain(_SGD, sasa_optax.average_iterates())
     with pytest.raises(ValueError, match=r"averages the parameter .* twice"):
-        sasa_optax.averaged_params(two.init(params), params)
+        _averaged(two.init(params), params)
 
 
 def test_params_of_another_structure_or_shape() -> None:
     state = _SGD.init({"a": jnp.ones(2), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"params must have the structure .* no \['b"):
-        sasa_optax.averaged_params(state, {"a": jnp.ones(2)})
+        _averaged(state, {"a": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"params must have the shapes .* \(4,\) for"):
-        sasa_optax.averaged_params(state, {"a": jnp.ones(2), "b": jnp.ones(4)})
+        _averaged(state, {"a": jnp.ones(2), "b": jnp.ones(4)})
 
 
 def test_a_saved_run_goes_on_with_an_average() -> None:
     params = jnp.ones(2)
     state = sasa_optax.sasa_plus(1.0).init(params)
     optimizer = sasa_optax.sasa_plus(1.0, average=True)
-    _, fresh = optimizer.init(params)
-    _, (after, average) = optimizer.update(params, (state, fresh), params)
+    (_, fresh), update = started(optimizer, params)
+    _, (after, average) = update(params, (state, fresh), params)
     assert int(after.controller.step) == int(average.num_averaged) == 1
 
 
@@ -344,12 +347,11 @@ def test_a_saved_run_goes_on_with_an_average() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_never_enters(bad: float) -> None:
-    state, params = _SGD.init(jnp.ones(2)), jnp.ones(2)
-    update = jax.jit(_SGD.update)
+    params = jnp.ones(2)
+    state, update = started(_SGD, params)
     for gradient in ([1.0, 1.0], [1.0, bad], [0.0, bad]):
-        updates, state = update(jnp.array(gradient), state, params)
-        params = optax.apply_updates(params, updates)
-    average = sasa_optax.averaged_params(state)
+        params, state = take_step(update, jnp.array(gradient), state, params)
+    average = _averaged(state)
     # The bad coordinate stands where it was, and the other goes on.
     assert float(average[1]) == pytest.approx(_AFTER_ONE)
     assert float(average[0]) < _AFTER_ONE
@@ -360,4 +362,4 @@ def test_a_distance_that_overflows_does_not_enter() -> None:
     optimizer = sasa_optax.average_iterates()
     state = optimizer.init(jnp.full(1, -most))
     _, state = optimizer.update(jnp.zeros(1), state, jnp.full(1, most))
-    assert np.isfinite(state.averaged[0])
+    assert np.isfinite(_averaged(state)[0])

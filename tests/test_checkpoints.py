@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optimizers import ALL, OPTIMIZERS, decided, small, smaller
+from optimizers import ALL, OPTIMIZERS, decided, small, smaller, take_step
 
 import sasa_optax
 
@@ -32,11 +32,12 @@ _NOISE = np.random.default_rng(0).normal(size=(24, 8, 2)).astype(np.float32)
 Restore = Callable[[Any, Any, pathlib.Path], Any]
 
 
-def _run(update: Any, params: Any, state: Any, first: int, last: int) -> Any:
+def _run(update: Any, at: Any, first: int, last: int) -> Any:
+    """The parameters and the state at the step ``last``, from those at ``first``."""
+    params, state = at
     for noise in _NOISE[first:last]:
         grads = jax.tree.map(lambda x, e=noise: 0.1 * x + 0.1 * e, params)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = take_step(update, grads, state, params)
     return params, state
 
 
@@ -47,7 +48,7 @@ def _start(name: str) -> Any:
 
 @functools.cache
 def _uninterrupted(name: str) -> Any:
-    return _run(small(name)[1], *_start(name), 0, len(_NOISE))
+    return _run(small(name)[1], _start(name), 0, len(_NOISE))
 
 
 def _by_orbax(saved: Any, template: Any, folder: pathlib.Path) -> Any:
@@ -82,10 +83,10 @@ def test_a_restored_run_is_the_same(
     name: str, step: int, restore: Restore, tmp_path: pathlib.Path
 ) -> None:
     update = small(name)[1]
-    saved = _run(update, *_start(name), 0, step)
+    saved = _run(update, _start(name), 0, step)
     restored = restore(saved, _start(name), tmp_path)
     chex.assert_trees_all_equal_dtypes(restored, saved)
-    finished = _run(update, *restored, step, len(_NOISE))
+    finished = _run(update, restored, step, len(_NOISE))
     chex.assert_trees_all_equal(finished, _uninterrupted(name))
 
 
@@ -109,7 +110,7 @@ def _counts(decisions: dict[str, Any]) -> list[int]:
 @for_all
 def test_onto_another_sharding(name: str, tmp_path: pathlib.Path) -> None:
     update = small(name)[1]
-    saved = _run(update, *_start(name), 0, 11)
+    saved = _run(update, _start(name), 0, 11)
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 
     def place(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -120,7 +121,7 @@ def test_onto_another_sharding(name: str, tmp_path: pathlib.Path) -> None:
 
     params, state = _by_orbax(saved, jax.tree.map(place, saved), tmp_path)
     assert len(params["w"].addressable_shards) == len(jax.devices())
-    finished = _run(update, params, state, 11, len(_NOISE))
+    finished = _run(update, (params, state), 11, len(_NOISE))
     expected = _uninterrupted(name)
     chex.assert_trees_all_close(finished, expected, rtol=1e-4, atol=1e-5)
     decisions = [_counts(decided(x[1])) for x in (finished, expected)]
@@ -142,13 +143,13 @@ def test_another_window_is_an_error(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_larger_window(name: str) -> None:
     larger = ALL[name](**smaller(max_window=40))
-    saved = _run(small(name)[1], *_start(name), 0, 11)
+    saved = _run(small(name)[1], _start(name), 0, 11)
     nested = {"deep": (saved[1], jnp.ones(2))}
     resized = sasa_optax.resize_window(nested, 40)["deep"][0]
     update = jax.jit(larger.update)
-    _, actual = _run(update, saved[0], resized, 11, len(_NOISE))
+    _, actual = _run(update, (saved[0], resized), 11, len(_NOISE))
     params = {"w": jnp.ones((8, 2))}
-    _, expected = _run(update, params, larger.init(params), 0, len(_NOISE))
+    _, expected = _run(update, (params, larger.init(params)), 0, len(_NOISE))
     fields = ("scale", "num_drops", "last_test", "num_nonfinite")
     for field in fields:
         one, other = (optax.tree.get(x, field) for x in (actual, expected))

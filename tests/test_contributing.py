@@ -71,14 +71,20 @@ def _t_test_of_batches(values: np.ndarray) -> Any:
     return scipy.stats.ttest_1samp(means, 0, alternative="greater")
 
 
+def _samples(values: np.ndarray, count: jax.Array) -> sasa_optax.Samples:
+    values = values.astype(np.float32)
+    scales = jnp.ones(values.size)
+    return sasa_optax.Samples(jnp.asarray(values), scales, count, count, jnp.int32(0))
+
+
 @pytest.mark.parametrize("mean", [-0.3, 0.1, 0.3, 0.6])
 def test_the_test_is_a_one_sided_t_test_of_batch_means(
     guide: dict[str, Any], mean: float
 ) -> None:
     values = mean + np.random.default_rng(3).normal(size=400)
-    padded = np.pad(values, (0, 100)).astype(np.float32)
+    padded = np.pad(values, (0, 100))
     count = jnp.int32(400)
-    samples = sasa_optax.Samples(jnp.asarray(padded), None, count, count, jnp.int32(0))
+    samples = _samples(padded, count)
     result = guide["NotPositiveTest"](significance=0.01)(samples)
     expected = _t_test_of_batches(values)
     interval = expected.confidence_interval(0.99)
@@ -91,9 +97,7 @@ def test_the_test_is_a_one_sided_t_test_of_batch_means(
 def test_the_significance_of_the_test_can_be_mapped_over(guide: dict[str, Any]) -> None:
     values = 0.12 + np.random.default_rng(3).normal(size=400)
     count = jnp.int32(400)
-    samples = sasa_optax.Samples(
-        jnp.asarray(values, jnp.float32), None, count, count, jnp.int32(0)
-    )
+    samples = _samples(values, count)
     levels = jnp.array([0.5, 2.0]) * _t_test_of_batches(values).pvalue
 
     def judge(test: Any) -> jax.Array:

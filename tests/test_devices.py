@@ -335,8 +335,8 @@ def _make_parallel(
 
 
 def _with_extra(optimizer: Any, extra: Callable[[Any, Any], dict[str, Any]]) -> Any:
-    def update(grads: Any, state: Any, params: Any) -> Any:
-        return optimizer.update(grads, state, params, **extra(grads, params))
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        return optimizer.update(updates, state, params, **extra(updates, params))
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
@@ -492,7 +492,8 @@ def test_explicit_mesh_axes(name: str) -> None:
         start = (params, optimizer.init(params))
 
         def step(carry: Any, noise: Any) -> Any:
-            return _step(optimizer, *carry, noise), None
+            params, state = carry
+            return _step(optimizer, params, state, noise), None
 
         end, _ = jax.lax.scan(step, start, noise)
         for old, new in zip(*map(jax.tree.leaves, (start, end)), strict=True):
@@ -521,7 +522,7 @@ def _free_port() -> int:
 def _outputs_of_two_processes() -> list[dict[str, Any]]:
     script = pathlib.Path(__file__).parent / "two_processes.py"
     address = f"127.0.0.1:{_free_port()}"
-    cache = jax.config.jax_compilation_cache_dir
+    cache = getattr(jax.config, "jax_compilation_cache_dir", None)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     processes = [
         subprocess.Popen(

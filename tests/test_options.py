@@ -7,15 +7,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from optimizers import SMALL, smaller, squares
+from optimizers import SMALL, smaller, squares, started
 
 import sasa_optax
 
 _STEPS = 60
-_NOISE = np.random.default_rng(0).normal(size=(_STEPS, 3)).astype(np.float32)
+_NOISE = jax.random.normal(jax.random.key(0), (_STEPS, 3))
 
 
 def _after_a_run(optimizer: optax.GradientTransformationExtraArgs) -> Any:
@@ -144,8 +143,8 @@ def test_inject_hyperparams_needs_a_test_object_among_the_static_arguments(
         taken_for_a_schedule.init(params)
     make = optax.inject_hyperparams(sasa_optax.sasa_plus, static_args="test")
     optimizer = make(1.0, test=test, **SMALL)
-    state = optimizer.init(params)
-    assert optimizer.update(params, state, params)[0].shape == (2,)
+    state, update = started(optimizer, params)
+    assert update(params, state, params)[0].shape == (2,)
 
 
 def test_inject_hyperparams_takes_the_other_objects_as_they_are() -> None:
@@ -155,7 +154,7 @@ def test_inject_hyperparams_takes_the_other_objects_as_they_are() -> None:
         1.0, statistic=statistic, window=window, search=sasa_optax.LineSearch()
     )
     params = jnp.ones(2)
-    state = optimizer.init(params)
+    state, _ = started(optimizer, params)
     assert {"learning_rate", "momentum", "factor"} <= set(state.hyperparams)
     assert not {"statistic", "window", "search"} & set(state.hyperparams)
     _, state = optimizer.update(params, state, params, value_fn=squares)

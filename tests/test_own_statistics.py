@@ -50,12 +50,12 @@ def test_it_records_the_same_where_leaves_are_computed_in_groups() -> None:
 def test_its_state_may_be_donated_and_keeps_its_types() -> None:
     optimizer = sasa_optax.sasa_plus(0.1, statistic=own_statistic.lagged_statistic())
     params = jnp.ones(3)
-    state = optimizer.init(params)
+    state: Any = optimizer.init(params)
     types = jax.eval_shape(optimizer.update, params, state, params)[1]
     assert jax.tree.structure(types) == jax.tree.structure(state)
-    update = jax.jit(optimizer.update, donate_argnums=1)
+    update: Any = jax.jit(optimizer.update, donate_argnums=1)
     for _ in range(3):
-        old = state
+        old: Any = state
         _, state = update(jnp.ones(3), state, params)
         assert all(x.is_deleted() for x in jax.tree.leaves(old.controller.statistic))
 

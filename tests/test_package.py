@@ -87,11 +87,13 @@ def test_it_has_few_parameters(name: str) -> None:
 
 
 def test_the_oldest_versions_are_those_that_are_tested() -> None:
-    stated = dict(
-        re.match(r"(\w+)>=([\d.]+)", requirement).groups()
-        for requirement in importlib.metadata.requires("sasa-optax")
+    requirements = importlib.metadata.requires("sasa-optax") or []
+    stated = {
+        name: version
+        for requirement in requirements
         if "extra" not in requirement
-    )
+        for name, version in re.findall(r"^(\w+)>=([\d.]+)", requirement)
+    }
     pinned = dict(
         line.split("==")
         for line in (_ROOT / "tests" / "oldest.txt").read_text().splitlines()

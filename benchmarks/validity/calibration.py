@@ -107,7 +107,8 @@ def stream(key: jax.Array, phi: jax.Array, n: int) -> jax.Array:
 def holds_zero(values: jax.Array, variance: str) -> jax.Array:
     n, zero = jnp.int32(values.size), jnp.int32(0)
     test = sasa_optax.ZeroMeanTest(SIGNIFICANCE, variance)
-    result = test(sasa_optax.Samples(values, None, n, n, zero))
+    scales = jnp.ones_like(values)
+    result = test(sasa_optax.Samples(values, scales, n, n, zero))
     return jnp.less_equal(result.lower, 0) & jnp.greater_equal(result.upper, 0)
 
 

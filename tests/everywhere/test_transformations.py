@@ -34,7 +34,8 @@ def test_scan(name: str) -> None:
     optimizer, _ = small(name)
 
     def step(carry: Any, noise: jax.Array) -> Any:
-        return run(optimizer.update, *carry, noise[None]), None
+        params, state = carry
+        return run(optimizer.update, params, state, noise[None]), None
 
     params = jnp.asarray(START)
     scanned, _ = jax.jit(functools.partial(jax.lax.scan, step))(

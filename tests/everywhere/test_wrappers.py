@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import ALL, PLAIN, SERVOS, decided, small
+from optimizers import ALL, PLAIN, SERVOS, decided, small, squares, started, take_step
 from plain_loop import NOISE, START, assert_as_in_a_loop, grads_at, run, run_plainly
 
 import sasa_optax
@@ -43,12 +43,12 @@ def test_chains(name: str) -> None:
 def test_multi_steps(name: str) -> None:
     optimizer = optax.MultiSteps(small(name)[0], every_k_schedule=2)
     params = jnp.asarray(START)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = started(optimizer.gradient_transformation(), params)
     for noise in NOISE[:12]:
         # Twice the same, less and more.
         for part in (0.5, 1.5):
-            updates, state = update(part * grads_at(noise, params), state, params)
-            moved = optax.apply_updates(params, updates)
+            grads = part * grads_at(noise, params)
+            moved, state = take_step(update, grads, state, params)
             if part == 0.5:
                 chex.assert_trees_all_equal(moved, params)
         params = moved
@@ -68,25 +68,23 @@ def test_masked(name: str) -> None:
     optimizer = optax.masked(small(name)[0], mask)
     params = {"a": jnp.asarray(START), "b": jnp.ones(3)}
     noise = [{"a": row, "b": np.zeros(3, np.float32)} for row in NOISE]
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = started(optimizer, params)
     for row in noise:
         grads = {"a": grads_at(row["a"], params["a"]), "b": row["b"]}
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = take_step(update, grads, state, params)
     assert_as_in_a_loop((params["a"], state.inner_state), name)
 
 
 @_wrapped("`partition`, each group deciding alone")
 @for_all_without_search
 def test_partition(name: str) -> None:
-    groups = {"ours": small(name)[0], "frozen": optax.set_to_zero()}
+    groups: dict[Any, Any] = {"ours": small(name)[0], "frozen": optax.set_to_zero()}
     optimizer = optax.partition(groups, {"a": "ours", "b": "frozen"})
     params = {"a": jnp.asarray(START), "b": jnp.ones(3)}
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = started(optimizer, params)
     for noise in NOISE:
         grads = {"a": grads_at(noise, params["a"]), "b": jnp.ones(3)}
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = take_step(update, grads, state, params)
     inner = state.inner_states["ours"].inner_state
     assert_as_in_a_loop((params["a"], inner), name)
     np.testing.assert_array_equal(params["b"], 1.0)
@@ -100,11 +98,10 @@ def test_frozen(name: str) -> None:
     frozen = optax.transforms.freeze(mask)
     optimizer = optax.chain(frozen, small(name)[0], frozen)
     params = {"a": jnp.asarray(START), "b": jnp.zeros(3)}
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = started(optimizer, params)
     for noise in NOISE:
         grads = {"a": grads_at(noise, params["a"]), "b": jnp.ones(3)}
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = take_step(update, grads, state, params)
     np.testing.assert_array_equal(params["b"], 0.0)
     expected = run_plainly(name)
     np.testing.assert_allclose(params["a"], expected[0], rtol=1e-4)
@@ -118,10 +115,9 @@ def test_lookahead(name: str) -> None:
     """The fast parameters are its own; slow ones that go all the way change nothing."""
     optimizer = optax.lookahead(small(name)[0], sync_period=4, slow_step_size=1.0)
     params = optax.LookaheadParams.init_synced(jnp.asarray(START))
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = started(optimizer, params)
     for noise in NOISE:
-        updates, state = update(grads_at(noise, params.fast), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = take_step(update, grads_at(noise, params.fast), state, params)
     assert_as_in_a_loop((params.slow, state.fast_state), name)
 
 
@@ -170,16 +166,15 @@ def test_lookahead_hides_the_loss(name: str) -> None:
     """It passes no extra arguments on, and without the loss the scale only falls."""
     alone = getattr(sasa_optax, name)(0.0)
     inner = optax.chain(optax.sgd(0.1), alone)
-    params = jnp.asarray(START)
-    params = optax.LookaheadParams.init_synced(params)
+    params: Any = optax.LookaheadParams.init_synced(jnp.asarray(START))
     optimizer = optax.lookahead(inner, sync_period=4, slow_step_size=1.0)
     optimizer = optax.with_extra_args_support(optimizer)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = started(optimizer, params)
     scales = [1.0]
     for noise in jax.random.normal(jax.random.key(0), (128, 2)):
         grads = grads_at(noise, params.fast)
-        updates, state = update(grads, state, params, value=jnp.sum(params.fast**2))
-        params = optax.apply_updates(params, updates)
+        value = squares(params.fast)
+        params, state = take_step(update, grads, state, params, value=value)
         scales.append(float(optax.tree.get(state, "scale")))
     assert not bool(optax.tree.get(state, "sees_loss"))
     assert np.all(np.diff(scales) <= 0)

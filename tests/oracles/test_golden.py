@@ -98,8 +98,8 @@ def _run(
         w = optax.apply_updates(w, updates)
         return (w, state), (w, see(state))
 
-    w0 = jnp.asarray(trace["w0"])
-    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, trace["order"])[1])
+    w0, order = jnp.asarray(trace["w0"]), jnp.asarray(trace["order"])
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, order)[1])
     weights, seen = scan((w0, optimizer.init(w0)))
     return np.asarray(weights), seen
 
@@ -212,7 +212,8 @@ def _first_step_without_decrease(
         losses.append(loss + given["weight_decay"] / 2 * np.sum(w**2))
         kept = -(-len(losses) // given["leak_ratio"])
         if kept > given["minN_stats"]:
-            line = scipy.stats.linregress(
+            # The stubs do not know the fields of what SciPy returns.
+            line: Any = scipy.stats.linregress(
                 np.arange(kept), losses[-kept:], alternative="less"
             )
             if line.pvalue >= 0.05:
