@@ -1,13 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two workers: what the smallest machines have.
+# The smallest machines have two cores.
 WORKERS ?= 2
 
 .PHONY: demo test check pytest matrix test-slow test-one-device \
-	test-oldest calibration bench evidence validity docs clean
+	test-oldest calibration collapse bench evidence validity docs clean
 
-demo: $(VENV)/.examples  ## Train on real data; ends with a table and a picture.
+demo: $(VENV)/.examples  ## Train on real data, with a table and a picture at the end.
 	$(BIN)/python examples/digits.py --out demo
 
 test: check pytest  ## Lint, type-check, doctests and tests.
@@ -26,14 +26,15 @@ matrix: $(VENV)/.dev  ## The table of docs/everywhere.md.
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS) -m "not example"
 
-# On a CPU with one device the leaves are computed in sequence; among eight they are not.
-test-one-device: $(VENV)/.dev  ## The tests that need no more, on a single device.
+# On a CPU with one device the leaves are computed in sequence. With eight they are not.
+test-one-device: $(VENV)/.dev  ## The tests that can run on a single device.
 	NUM_DEVICES=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "" \
-		tests/test_controller.py tests/test_everywhere.py tests/test_fuzz.py \
-		tests/test_golden.py tests/test_line_search.py tests/test_statistics.py
+		tests/everywhere tests/oracles tests/test_controller.py tests/test_fuzz.py \
+		tests/test_line_search*.py tests/test_momentum.py \
+		tests/test_own_statistics.py tests/test_statistics.py
 
-# The lower bounds of pyproject.toml. Flax, Orbax, Equinox, NumPyro have later ones, and
-# what docs/validity.md measures takes ten times as long there.
+# The lower bounds of pyproject.toml. Flax, Orbax, Equinox and NumPyro have later ones,
+# and the measurements of docs/validity.md take ten times as long there.
 test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supported.
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not example" \
 		--ignore tests/test_flax.py --ignore tests/test_clients.py \
@@ -41,19 +42,22 @@ test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supp
 		--ignore tests/test_validity.py
 
 calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
-	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python -m benchmarks.validity.calibration
 
-# PyTorch has an environment of its own, as statopt is compared on what it runs on.
+# statopt runs on PyTorch, in an environment of its own.
 bench: $(VENV)/.dev .venv-statopt/.statopt  ## The tables and picture of docs/performance.md.
-	$(BIN)/python benchmarks/performance.py --publish \
+	$(BIN)/python -m benchmarks.performance --publish \
 		--statopt-python .venv-statopt/bin/python
 
-evidence: $(VENV)/.dev  ## The page docs/evidence.md; what was run is not run again.
-	$(BIN)/python benchmarks/evidence.py --sensitivity --publish
+evidence: $(VENV)/.dev  ## The page docs/evidence.md. What was run is not run again.
+	$(BIN)/python -m benchmarks.evidence --sensitivity --publish
+
+collapse: $(VENV)/.dev  ## The table of docs/collapse.md.
+	$(BIN)/python -m benchmarks.validity.collapse --publish
 
 validity: $(VENV)/.dev  ## The tables and picture of docs/validity.md.
-	$(BIN)/python benchmarks/validity.py --publish
-	$(BIN)/python benchmarks/validity_progress.py --publish
+	$(BIN)/python -m benchmarks.validity --publish
+	$(BIN)/python -m benchmarks.validity.progress --publish
 
 docs: $(VENV)/.docs  ## The documentation, into site/.
 	$(BIN)/sphinx-build -q -W docs site

@@ -1,11 +1,12 @@
 """Train a small language model on the sources of Python's own standard library.
 
-Compares ways to set the rate of Adam on a GRU (Flax NNX), character by character:
-adapt_on_progress from the rate that nobody tuned; constant; constant, and cut by
-reduce_on_stationarity; a cosine schedule whose peak was tuned; and SALSA, its line
-search on the batch of the step, or on the next one. Validates on modules left out of
-the training, at the last iterate and at the average over the newest. Draws all
-validation losses, and what adapt_on_progress did, and why.
+The model is a GRU (Flax NNX) that predicts the next character. The rate of Adam is set
+in different ways: by adapt_on_progress from a rate that nobody tuned; constant;
+constant, and cut by reduce_on_stationarity; by a cosine schedule whose peak was tuned;
+and by SALSA, whose line search sees the batch of the step or the next one. Modules left
+out of the training serve for validation, at the last iterate and at the average over
+the newest iterates. One picture shows all validation losses, the other what
+adapt_on_progress did, and why.
 
     python examples/char_lm.py --steps 1400 --seeds 1 --out demo
 """
@@ -32,7 +33,7 @@ from rich.table import Table
 
 import sasa_optax
 
-# Each a single file in Python 3.11 to 3.14.
+# Each module is a single file in Python 3.11 to 3.14.
 TRAINING = (
     *("argparse", "ast", "bdb", "calendar", "cmd", "codecs", "configparser"),
     *("contextlib", "copy", "csv", "dataclasses", "difflib", "dis", "doctest", "enum"),
@@ -43,15 +44,16 @@ TRAINING = (
 )
 HELD_OUT = ("gettext", "heapq", "pstats", "random", "smtplib", "tempfile", "textwrap")
 CONTEXT = 64
-VOCABULARY_SIZE = 97  # printable ASCII, newline, and one for all other characters
+VOCABULARY_SIZE = 97  # printable ASCII, newline, and one token for all other bytes
 EMBEDDING_SIZE, HIDDEN_SIZE = 64, 128
 
-USUAL_RATE = 1e-3  # what AdamW is given where nobody tunes it
+USUAL_RATE = 1e-3  # AdamW's usual rate where nobody tunes it
 LEARNING_RATE = 1e-2  # trains fast, and is too high in the end
 COSINE_PEAK = 1e-2  # of 3e-3, 5e-3, 1e-2 and 2e-2 the last two were equally good
 WEIGHT_DECAY = 0.1
-# No test before 800 steps: a window keeps the newest eighth of its samples.
-MIN_SAMPLES, TEST_INTERVAL = 100, 50
+# A window keeps the newest eighth of its samples, so the first test runs after 800
+# steps.
+WINDOW = sasa_optax.Window(min_samples=100, test_interval=50)
 SEARCH_INTERVAL = 5
 RECORD_EVERY = 25
 VALIDATE_EVERY = 100
@@ -61,7 +63,7 @@ Event = sasa_optax.Cut | sasa_optax.Drop | sasa_optax.Switch
 
 
 def tokens_of(modules: tuple[str, ...]) -> np.ndarray:
-    """The sources, one after the other, as (n,) uint8."""
+    """The concatenated sources, as (n,) uint8."""
     stdlib = pathlib.Path(sysconfig.get_path("stdlib"))
     text = b"".join((stdlib / f"{module}.py").read_bytes() for module in modules)
     table = np.full(256, VOCABULARY_SIZE - 1, np.uint8)
@@ -71,7 +73,7 @@ def tokens_of(modules: tuple[str, ...]) -> np.ndarray:
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """From each start a context, and the character after it."""
+    """A context from each start, with the character after it."""
     return tokens[starts[:, None] + np.arange(CONTEXT + 1)]
 
 
@@ -82,7 +84,7 @@ def random_windows(
 
 
 def validation_windows(num_windows: int = 256) -> np.ndarray:
-    """The same at every run, spread over the held-out modules."""
+    """Windows spread over the held-out modules; the same in every run."""
     tokens = tokens_of(HELD_OUT)
     starts = np.linspace(0, len(tokens) - CONTEXT - 1, num_windows)
     return windows(tokens, starts.astype(int))
@@ -91,7 +93,7 @@ def validation_windows(num_windows: int = 256) -> np.ndarray:
 class LanguageModel(nnx.Module):
     """A GRU, and the logits of each next character.
 
-    Without dropout, so that the loss is a function of parameters and batch alone.
+    It has no dropout, so the loss depends on the parameters and the batch alone.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:
@@ -101,7 +103,7 @@ class LanguageModel(nnx.Module):
         self.logits = nnx.Linear(HIDDEN_SIZE, VOCABULARY_SIZE, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # nnx.RNN can return its carry, too, which this one does not.
+        # The type of nnx.RNN allows for a carry, which this one does not return.
         hidden = cast(jax.Array, self.gru(self.embedding(tokens)))
         return self.logits(hidden)
 
@@ -121,17 +123,18 @@ def train_step(
     batch: Array,
     search_batch: Array | None,
 ) -> jax.Array:
-    """A step on ``batch``; a line search is on ``search_batch``, or the same one."""
+    """A step on ``batch``. A line search sees ``search_batch``, if there is one."""
     loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
     def value_fn(params: nnx.State) -> jax.Array:
-        # nnx.RNN counts the random keys it draws: a copy may, inside of a line search.
+        # nnx.RNN counts the random keys that it draws. Inside a line search only a copy
+        # may change.
         copied = nnx.merge(graphdef, params, rest, copy=True)
         return loss_fn(copied, batch if search_batch is None else search_batch)
 
-    # The line search asks for these; all others ignore them. On another batch the loss
-    # is another function, and its value not known yet.
+    # The line search needs value_fn, and its value if that is known. On another batch
+    # the loss is another function, whose value is not known.
     optimizer.update(
         model,
         grads,
@@ -146,7 +149,7 @@ validation_loss = nnx.jit(loss_fn)
 
 
 def averaged(model: LanguageModel, optimizer: nnx.Optimizer) -> LanguageModel:
-    """The averaged model; the one that is trained stays as it is."""
+    """The averaged model. The model that is trained stays as it is."""
     average = nnx.clone(model)
     params = nnx.state(model, nnx.Param)
     nnx.update(average, sasa_optax.averaged_params(optimizer.opt_state, params))
@@ -158,7 +161,7 @@ class Method(NamedTuple):
 
     name: str
     transformation: optax.GradientTransformation
-    rate: float  # at the end, unless it is scaled or found
+    rate: float  # the final rate, unless it is found; before the scale of a controller
     has_history: bool = False
     searches_next_batch: bool = False
 
@@ -166,33 +169,30 @@ class Method(NamedTuple):
 def adam_with_salsa(
     sufficient_decrease: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW without its rate, which SALSA finds.
+    """AdamW without a rate, which SALSA finds.
 
-    The direction it tries is Adam's: the gradient's scale says nothing about that.
+    SALSA searches along Adam's update, since the gradient has another scale.
     """
+    search = sasa_optax.LineSearch(
+        direction="update",
+        interval=SEARCH_INTERVAL,
+        sufficient_decrease=sufficient_decrease,
+    )
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(),
         optax.add_decayed_weights(WEIGHT_DECAY),
-        sasa_optax.scale_by_salsa(
-            search_direction="update",
-            search_interval=SEARCH_INTERVAL,
-            min_samples=MIN_SAMPLES,
-            test_interval=TEST_INTERVAL,
-            sufficient_decrease=sufficient_decrease,
-        ),
+        sasa_optax.scale_by_salsa(window=WINDOW, search=search),
     )
 
 
 def methods(num_steps: int) -> list[Method]:
     adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    reduced = sasa_optax.reduce_on_stationarity(
-        min_samples=MIN_SAMPLES, test_interval=TEST_INTERVAL, average=True
-    )
+    reduced = sasa_optax.reduce_on_stationarity(window=WINDOW, average=True)
     average = sasa_optax.average_iterates()
     cosine = optax.cosine_decay_schedule(COSINE_PEAK, num_steps)
-    # On the same mini-batch Adam's updates look better than they are: there the default
-    # asks for more of a decrease than the paper does.
+    # On the mini-batch that made them, Adam's updates look better than they are. So the
+    # default asks for a larger decrease than the paper does.
     salsa, salsa_next = adam_with_salsa(), adam_with_salsa(sufficient_decrease=0.05)
     return [
         Method(
@@ -251,7 +251,7 @@ def train(
     advance: Callable[[], None],
     report: Callable[[Event], None],
 ) -> Run:
-    """Trains from scratch; keeps a history where the method has one."""
+    """Trains from scratch, and keeps a history if the method has one."""
     started = time.perf_counter()
     model = LanguageModel(nnx.Rngs(seed))
     transformation = optax.with_extra_args_support(method.transformation)
@@ -282,7 +282,7 @@ def train(
 
 
 def final_rate(run: Run, rate: float) -> float:
-    """The rate at the end of a run that would have ended at ``rate`` without drops."""
+    """The final rate of a run that would have ended at ``rate`` without drops."""
     if not run.history.rows:
         return rate
     last = run.history.rows[-1]
@@ -290,7 +290,7 @@ def final_rate(run: Run, rate: float) -> float:
 
 
 def evaluations_a_step(run: Run) -> str:
-    """Evaluations of the loss by the line search, while it went on."""
+    """Evaluations of the loss in a step, while the line search went on."""
     if not run.history.rows or "num_evaluations" not in run.history.rows[-1]:
         return "-"
     last, switch = run.history.rows[-1], run.history.switch
@@ -312,7 +312,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def summary(method: Method, runs: list[Run]) -> list[str]:
-    """A row of the table: means over the seeds, and how they differ."""
+    """A row of the table: means and standard deviations over the seeds."""
     histories = [run.history for run in runs if run.history.rows]
     cuts = {str(len(history.drops) + len(history.cuts)) for history in histories}
     return [
@@ -329,7 +329,7 @@ def summary(method: Method, runs: list[Run]) -> list[str]:
 def plot_validation(runs: dict[str, Run], path: pathlib.Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
-    # A run that has diverged would hide how the others differ.
+    # A diverged run must not hide the differences between the others.
     best = min(final(run.averaged) for run in runs.values())
     bottom, top = 0.95 * best, 1.45 * best
     for color, (name, run) in enumerate(runs.items()):
@@ -372,7 +372,7 @@ def main() -> None:
         collapse_padding=True,
     )
     table.add_column("optimizer", no_wrap=True)
-    # The last but one: of the loss, by the line search, while it went on.
+    # "evals a step" counts evaluations of the loss by the line search.
     headings = "last", "averaged", "rate", "cuts", "evals\na step", "s"
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

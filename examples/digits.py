@@ -1,9 +1,10 @@
 """Train a Flax NNX model on scikit-learn's handwritten digits, with no rate to tune.
 
-Compares AdamW with adapt_on_progress, from three initial rates, with AdamW at a
-constant rate and under a cosine schedule whose peak was tuned on validation images;
-then the papers' methods, SALSA and SASA+. Each is evaluated twice: at the last iterate,
-and at the average over the newest. Draws what adapt_on_progress did, and why.
+AdamW with adapt_on_progress runs from three initial rates. It is compared with AdamW at
+a constant rate, with AdamW under a cosine schedule whose peak was tuned on validation
+images, and with the papers' methods SALSA and SASA+. Each model is evaluated twice: at
+the last iterate, and at the average over the newest iterates. The picture shows what
+adapt_on_progress did, and why.
 
     python examples/digits.py --epochs 400 --seeds 3 --out demo
 """
@@ -75,7 +76,7 @@ def load() -> Digits:
 def split(
     images: np.ndarray, labels: np.ndarray, num_held_out: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Images and labels that stay, then those held out; the same at every run."""
+    """The images and labels that stay, then those held out; the same in every run."""
     parts = train_test_split(
         images, labels, test_size=num_held_out, random_state=0, stratify=labels
     )
@@ -111,8 +112,8 @@ def train_step(
     def value_fn(params: nnx.State) -> jax.Array:
         return loss_fn(nnx.merge(graphdef, params, rest), shifted, labels)
 
-    # adapt_on_progress asks for the value, a line search for the function as well; all
-    # others ignore them.
+    # adapt_on_progress needs the value, and a line search needs the function too. All
+    # others ignore both.
     optimizer.update(model, grads, value=loss, value_fn=value_fn)
     return loss
 
@@ -124,7 +125,7 @@ def accuracy(model: Mlp, images: Array, labels: Array) -> jax.Array:
 
 
 def averaged(model: Mlp, optimizer: nnx.Optimizer) -> Mlp:
-    """The averaged model; the one that is trained stays as it is."""
+    """The averaged model. The model that is trained stays as it is."""
     average = nnx.clone(model)
     params = nnx.state(model, nnx.Param)
     nnx.update(average, sasa_optax.averaged_params(optimizer.opt_state, params))
@@ -152,7 +153,7 @@ def train(
     advance: Callable[[], None],
     report: Callable[[Event], None] | None = None,
 ) -> Run:
-    """Trains from scratch; with ``report``, keeps a history and reports its events."""
+    """Trains from scratch. With ``report``, keeps and reports a history of events."""
     started = time.perf_counter()
     model = Mlp(nnx.Rngs(seed))
     transformation = optax.with_extra_args_support(transformation)
@@ -196,7 +197,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def summary(name: str, runs: list[Run], rate: float) -> list[str]:
-    """A row of the table: means over the seeds, and how they differ."""
+    """A row of the table: means and standard deviations over the seeds."""
     rates = sorted({f"{final_rate(run, rate):.1g}" for run in runs}, key=float)
     histories = [run.history for run in runs if run.history.rows]
     cuts = {len(history.drops) + len(history.cuts) for history in histories}

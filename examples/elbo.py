@@ -1,9 +1,10 @@
-"""Fit the posterior of a Bayesian regression, by a loss that is negative.
+"""Fit the posterior of a Bayesian regression, with a loss that can be negative.
 
-Plain JAX: parameters in a dict, no model library. The loss is the negative ELBO of a
-Gaussian with independent coordinates, estimated from one sample a step. The posterior
-is known in closed form, and with it the gap that each way to set the rate leaves, at
-the last iterate and at the average over the newest.
+This is plain JAX: the parameters are in a dict, and there is no model library. The loss
+is the negative ELBO of a Gaussian with independent coordinates, estimated from one
+sample a step. The posterior is known in closed form. So the table can show how far from
+it each way to set the rate ends, at the last iterate and at the average over the newest
+iterates.
 
     python examples/elbo.py --steps 10000 --seeds 2 --out demo
 """
@@ -39,7 +40,7 @@ Params = dict[str, jax.Array]
 class Regression(NamedTuple):
     """targets = features @ weights + noise, with a standard normal prior of weights.
 
-    The last two are the posterior's: its mean, and its precision matrix.
+    The fields ``mean`` and ``precision`` are those of the posterior.
     """
 
     features: np.ndarray
@@ -48,7 +49,7 @@ class Regression(NamedTuple):
     precision: np.ndarray
 
     def gap(self, params: Params) -> float:
-        """log evidence - ELBO: the divergence from the posterior, in nats."""
+        """log evidence - ELBO, the divergence from the posterior, in nats."""
         error = np.asarray(params["mean"], np.float64) - self.mean
         log_std = np.asarray(params["log_std"], np.float64)
         traced = np.diag(self.precision) @ np.exp(2 * log_std)
@@ -57,7 +58,7 @@ class Regression(NamedTuple):
         return float(traced + quadratic - NUM_FEATURES - log_det) / 2
 
     def smallest_gap(self) -> float:
-        """What independent coordinates leave at best."""
+        """The least gap of any Gaussian with independent coordinates."""
         log_det = np.linalg.slogdet(self.precision)[1]
         return float(np.log(np.diag(self.precision)).sum() - log_det) / 2
 
@@ -81,7 +82,8 @@ def init_params() -> Params:
 def loss_fn(params: Params, problem: Regression, key: jax.Array) -> jax.Array:
     """An estimate of the negative ELBO, in nats a row.
 
-    Random, but a function of its key: at one step all evaluations see the same noise.
+    It is random, but the key determines it, so all evaluations in a step see the same
+    noise.
     """
     std = jnp.exp(params["log_std"])
     weights = params["mean"] + std * jax.random.normal(key, (NUM_FEATURES,))
@@ -111,7 +113,7 @@ def steps_fn(
     def step(carry: Any, key: jax.Array) -> Any:
         params, opt_state = carry
         loss, grads = jax.value_and_grad(loss_fn)(params, problem, key)
-        # Each transformation takes of these what it needs.
+        # Each transformation takes what it needs of these, and ignores the rest.
         updates, opt_state = optimizer.update(
             grads,
             opt_state,
@@ -141,7 +143,7 @@ def fit(
     advance: Callable[[int], None],
     report: Callable[[Event], None] | None,
 ) -> Run:
-    """Fits from scratch; with ``report``, keeps a history and reports its events."""
+    """Fits from scratch. With ``report``, keeps a history and reports its events."""
     started = time.perf_counter()
     optimizer = optax.with_extra_args_support(transformation)
     steps = steps_fn(optimizer, problem)
@@ -173,24 +175,26 @@ def rate_of(opt_state: Any) -> float:
 
 
 def contenders() -> dict[str, optax.GradientTransformation]:
+    window = sasa_optax.Window(min_samples=100)
+    along_update = sasa_optax.LineSearch(direction="update")
     return {
         f"Adam, constant {ADAM_RATE:g}": optax.chain(
             optax.adam(ADAM_RATE), sasa_optax.average_iterates()
         ),
         "  + reduce_on_plateau": optax.chain(
             optax.adam(ADAM_RATE),
-            # Without an average over some steps it takes noise for a plateau at once.
+            # Without an average over some steps, it takes noise for a plateau at once.
             optax.contrib.reduce_on_plateau(accumulation_size=100),
             sasa_optax.average_iterates(),
         ),
         "  + reduce_on_stationarity": optax.chain(
             optax.adam(ADAM_RATE),
-            sasa_optax.reduce_on_stationarity(min_samples=100, average=True),
+            sasa_optax.reduce_on_stationarity(window=window, average=True),
         ),
-        "SALSA, nothing tuned": sasa_optax.salsa(min_samples=100),
+        "SALSA, nothing tuned": sasa_optax.salsa(window=window),
         "SALSA along Adam's updates": optax.chain(
             optax.scale_by_adam(),
-            sasa_optax.scale_by_salsa(search_direction="update", min_samples=100),
+            sasa_optax.scale_by_salsa(window=window, search=along_update),
         ),
     }
 
@@ -219,7 +223,7 @@ def nats(gap: float) -> str:
 
 
 def summary(name: str, runs: list[Run], uses_history: bool) -> list[str]:
-    """A row of the table: medians over the seeds, and the range of the averaged."""
+    """A row of the table: medians over the seeds, and the averaged models' range."""
     last = [run.gaps[-1] for run in runs]
     averaged = [run.averaged_gaps[-1] for run in runs]
     drops = sorted({len(run.history.drops) for run in runs})

@@ -1,11 +1,12 @@
 """Train a convolutional network on Fashion-MNIST, with no rate to tune.
 
-Compares AdamW at its usual 1e-3 with adapt_on_progress, SALSA, momentum SGD at a
-constant rate and under a cosine schedule whose peak was tuned on validation images,
-and AdamW under a cosine schedule, each evaluated at the last iterate and at the
-average over the newest. The network has batch norm and dropout: `train_step` shows
-what the line search of SALSA then needs, `with_running_averages` what an averaged
-model does. Draws what adapt_on_progress did, and why. On all the images:
+AdamW at its usual 1e-3 with adapt_on_progress, and SALSA, are compared with momentum
+SGD at a constant rate, with momentum SGD under a cosine schedule whose peak was tuned
+on validation images, and with AdamW under a cosine schedule. Each model is evaluated at
+the last iterate, and at the average over the newest iterates. The network has batch
+norm and dropout. `train_step` shows what the line search of SALSA then needs, and
+`with_running_averages` what an averaged model needs. The picture shows what
+adapt_on_progress did, and why. On all the images:
 
     python examples/fashion_mnist.py --train-size 55000 --epochs 30 --out demo
 """
@@ -40,7 +41,7 @@ USUAL_RATE = 1e-3
 ADAMW_PEAK = 1e-2
 ADAMW_DECAY = 0.1
 BATCH_NORM_MOMENTUM = 0.9
-NUM_RENEWALS = 66  # after which a thousandth is left of old running averages
+NUM_RENEWALS = 66  # after which a thousandth of the old running averages is left
 DROPOUT_RATE = 0.2
 NUM_VALIDATION = 5000
 RECORD_EVERY = 25
@@ -72,7 +73,7 @@ class FashionMnist:
 
 
 def find_data(folder: pathlib.Path | None) -> pathlib.Path:
-    """A folder with the files: the one given, else Debian's or the cache."""
+    """A folder with the files: the given one, or else Debian's or the cache."""
     places = [DEBIAN, CACHE] if folder is None else [folder]
     for place in places:
         if all((place / name).is_file() for name in FILES):
@@ -82,7 +83,7 @@ def find_data(folder: pathlib.Path | None) -> pathlib.Path:
         try:
             download(mirror, places[-1])
             return places[-1]
-        except Exception as error:  # whatever it is, another mirror may not have it
+        except Exception as error:  # Another mirror may work, whatever the error.
             tried.append(f"{mirror}: {error}")
     raise SystemExit(
         "\n  ".join(["Fashion-MNIST is needed. Tried:", *tried])
@@ -97,8 +98,8 @@ def download(mirror: str, folder: pathlib.Path) -> None:
     for name in FILES:
         with urllib.request.urlopen(f"{mirror}/{name}", timeout=30) as response:
             content = response.read()
-        gzip.decompress(content)  # it has a checksum
-        # By way of another name: what was interrupted leaves no half of a file.
+        gzip.decompress(content)  # This verifies the checksum.
+        # Under its final name only when complete, in case the download is interrupted.
         part = folder / f"{name}.part"
         part.write_bytes(content)
         part.rename(folder / name)
@@ -126,7 +127,8 @@ def load(folder: pathlib.Path, train_size: int) -> FashionMnist:
 class Cnn(nnx.Module):
     """Two convolutions with batch norm, dropout, and a linear layer.
 
-    Large strides instead of pooling: it is the convolutions that cost time on a CPU.
+    It has large strides instead of pooling, since convolutions take most of the time
+    on a CPU.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:
@@ -159,15 +161,15 @@ def train_step(
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
     def value_fn(params: nnx.State) -> jax.Array:
-        # Of this copy only the parameters are its own: the running averages and the
-        # random state are the model's. In inference mode neither changes.
+        # The running averages and the random state are those of the model itself. In
+        # inference mode neither changes.
         frozen = nnx.merge(graphdef, params, rest)
         frozen.eval()
         return loss_fn(frozen, images, labels)
 
-    # adapt_on_progress asks for the loss of the step. SALSA compares losses, which
-    # dropout would make random: hence inference mode, and no `value`, since the loss
-    # above is another function. All others ignore both.
+    # adapt_on_progress needs the loss of the step. SALSA compares losses, so dropout
+    # must not make them random. That is why value_fn is in inference mode, and why
+    # SALSA gets no `value`: the loss above is another function. All others ignore both.
     searches = optax.tree.get(optimizer.opt_state, "line_search_active") is not None
     optimizer.update(model, grads, value=None if searches else loss, value_fn=value_fn)
     return loss
@@ -181,7 +183,7 @@ def accuracy(model: Cnn, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def averaged(model: Cnn, optimizer: nnx.Optimizer) -> Cnn:
-    """The averaged model, but for what batch norm has to renew."""
+    """The averaged model, whose batch norm still has the iterate's statistics."""
     average = nnx.clone(model)
     params = nnx.state(model, nnx.Param)
     nnx.update(average, sasa_optax.averaged_params(optimizer.opt_state, params))
@@ -190,7 +192,7 @@ def averaged(model: Cnn, optimizer: nnx.Optimizer) -> Cnn:
 
 @nnx.jit
 def renew_batch_norm(model: Cnn, images: jax.Array) -> None:
-    """Moves the running averages towards those of a mini-batch, and nothing else."""
+    """Moves the running averages towards those of a mini-batch. Nothing else moves."""
     model.train()
     model(images)
 
@@ -208,9 +210,10 @@ class Contender:
     """A way to set the rate.
 
     Attributes:
-      name: as the table has it.
-      transformation: which is given the loss, or for a line search a function of it.
-      rate: what it ends with, times its scale where it has one; None where it finds it.
+      name: its name in the table.
+      transformation: the optimizer, which is given the loss, or the loss as a function
+        if it searches along a line.
+      rate: the final rate, before the scale of a controller; None if it is found.
       has_history: whether there is something to record.
     """
 
@@ -230,7 +233,7 @@ def salsa(steps_per_epoch: int, search_interval: int) -> Contender:
     optimizer = sasa_optax.salsa(
         steps_per_epoch=steps_per_epoch,
         weight_decay=WEIGHT_DECAY,
-        search_interval=search_interval,
+        search=sasa_optax.LineSearch(interval=search_interval),
     )
     return Contender("SALSA, nothing tuned", optimizer, has_history=True)
 
@@ -272,7 +275,7 @@ class Run:
 
     @property
     def evaluations_per_step(self) -> float:
-        """Of the loss, while SALSA searched for the rate."""
+        """Evaluations of the loss in a step, while SALSA searched for the rate."""
         last, switch = self.history.rows[-1], self.history.switch
         return last.get("num_evaluations", 0) / (
             switch.step if switch else last["step"]
@@ -294,7 +297,7 @@ class Run:
 def shuffled_rows(
     num_rows: int, batch_size: int, epochs: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Those of each mini-batch; what is left over of an epoch is left out."""
+    """The rows of each mini-batch. An incomplete mini-batch is left out."""
     shuffle = np.random.default_rng(seed)
     for _ in range(epochs):
         order = shuffle.permutation(num_rows)
@@ -312,7 +315,7 @@ def train(
     advance: Callable[[int], None],
     report: Callable[[Event], None],
 ) -> Run:
-    """Trains from scratch; a controller's events are reported."""
+    """Trains from scratch, and reports the events of a controller."""
     started = time.perf_counter()
     model = Cnn(nnx.Rngs(seed))
     transformation = optax.with_extra_args_support(contender.transformation)
@@ -351,7 +354,7 @@ def train_all(
     args: argparse.Namespace,
     console: Console,
 ) -> dict[str, list[Run]]:
-    """A run for each contender and seed, by the contender's name."""
+    """The runs of each contender, one for each seed, by the contender's name."""
     num_rows = len(data.train[1])
     num_steps = args.epochs * (num_rows // args.batch_size)
     results: dict[str, list[Run]] = {}
@@ -383,7 +386,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def summary(name: str, runs: list[Run]) -> list[str]:
-    """A row of the table: means over the seeds, and how they differ."""
+    """A row of the table: means and standard deviations over the seeds."""
     recorded = [run for run in runs if run.history.rows]
     rates = sorted({run.final_rate for run in runs})
     cuts = sorted({run.num_cuts for run in recorded})
@@ -404,7 +407,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--epochs", type=int, default=20, help="SALSA searches for about eight")
     add("--batch-size", type=int, default=128)
-    add("--train-size", type=int, default=30000, help="the first so many; 55000 is all")
+    add("--train-size", type=int, default=30000, help="at most 55000")
     add("--seeds", type=int, default=1, help="runs of each kind")
     add("--seed", type=int, default=0, help="the first of the seeds")
     add("--peaks", type=float, nargs="+", default=COSINE_PEAKS, help="of the cosine")

@@ -10,10 +10,10 @@ from sasa_optax._history import Cut as Cut
 from sasa_optax._history import Drop as Drop
 from sasa_optax._history import History as History
 from sasa_optax._history import Switch as Switch
-from sasa_optax._history import metrics as metrics
 from sasa_optax._line_search import LineSearch as LineSearch
 from sasa_optax._line_search import LineSearchState as LineSearchState
 from sasa_optax._loss_gate import LossState as LossState
+from sasa_optax._metrics import metrics as metrics
 from sasa_optax._momentum import MomentumState as MomentumState
 from sasa_optax._momentum import ScaleByQhmState as ScaleByQhmState
 from sasa_optax._momentum import qhm as qhm

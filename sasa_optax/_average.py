@@ -1,5 +1,6 @@
 """An average over the newest iterates: a good model at every moment."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree, _types
-from sasa_optax._types import Numeric
+from sasa_optax._types import DType, Numeric
 
 _MIN_HORIZON = 32
 
@@ -44,7 +45,7 @@ def weight(
     leak_ratio: Numeric,
     min_horizon: Numeric = _MIN_HORIZON,
     *,
-    dtype: jax.typing.DTypeLike,
+    dtype: DType,
 ) -> jax.Array:
     """The weight of the next iterate, 1 / max(min_horizon, steps / leak_ratio)."""
     steps = jnp.asarray(optax.safe_increment(state.num_averaged)).astype(dtype)
@@ -70,7 +71,7 @@ def push(
     return AverageState(num_averaged, averaged)
 
 
-def checked_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
+def checked_dtype(dtype: DType | None) -> jnp.dtype | None:
     if dtype is None:
         return None
     wide = jnp.dtype(dtype)
@@ -92,7 +93,7 @@ def checked_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
 def average_iterates(
     leak_ratio: Numeric = 8,
     min_horizon: Numeric = _MIN_HORIZON,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DType | None = None,
 ) -> _types.Optimizer:
     r"""Averages the newest part of the iterates, and leaves the updates alone.
 
@@ -104,11 +105,10 @@ def average_iterates(
 
     with r = ``leak_ratio`` and h = ``min_horizon``. So c is an average over about the
     newest 1/r of all iterates at every moment. At a constant rate it is the better
-    model, and needs no horizon: `averaged_params` returns it. The training itself is
-    not changed.
-
-    The running statistics of batch norm belong to the iterates and not to their
-    average. docs/averaging.md shows how to renew them.
+    model (`Polyak and Juditsky, 1992 <https://doi.org/10.1137/0330046>`_), and needs no
+    horizon: `averaged_params` returns it. The training itself does not change. The
+    running statistics of batch norm belong to the iterates and not to their average;
+    docs/averaging.md shows how to renew them.
 
     Args:
       leak_ratio: r, an integer of at least 1. Default 8.
@@ -123,8 +123,7 @@ def average_iterates(
       finite after a step leaves its average unchanged.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params`` is missing.
+      ValueError: if an argument is out of range, or ``params`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,10 +135,6 @@ def average_iterates(
       >>> params = optax.apply_updates(params, updates)
       >>> print(params, sasa_optax.averaged_params(state, params))
       [0.5 0.5 0.5] [0.984375 0.984375 0.984375]
-
-    References:
-      Polyak and Juditsky, `Acceleration of stochastic approximation by averaging
-      <https://doi.org/10.1137/0330046>`_, 1992.
     """
     _checks.integer("leak_ratio", leak_ratio, 1)
     _checks.number("min_horizon", min_horizon, "[1, inf)")
@@ -170,13 +165,9 @@ def maybe_averaged(
 ) -> _types.Optimizer:
     """The optimizer, with `average_iterates` after it if ``average`` is true."""
     _checks.boolean("average", average)
-    return (
-        optax.chain(optimizer, average_iterates(leak_ratio)) if average else optimizer
-    )
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+    if not average:
+        return optimizer
+    return optax.chain(optimizer, average_iterates(leak_ratio))
 
 
 def _averages(opt_state: Any) -> list[optax.Params]:
@@ -189,11 +180,8 @@ def _averages(opt_state: Any) -> list[optax.Params]:
         return any(getattr(key, "name", None) == "statistic" for key in path)
 
     nodes = jax.tree.leaves_with_path(opt_state, is_leaf=is_average)
-    return [
-        node.averaged
-        for path, node in nodes
-        if is_average(node) and not is_of_statistic(path)
-    ]
+    nodes = [x for path, x in nodes if is_average(x) and not is_of_statistic(path)]
+    return [node.averaged for node in nodes]
 
 
 def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax.Params:
@@ -233,32 +221,22 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
             "`sasa_optax.average_iterates()` last, or pass average=True. Got "
             f"{type(opt_state)}."
         )
-    nodes = jax.tree.leaves(averages, is_leaf=_is_masked)
     if params is None:
-        if len(averages) > 1 or any(map(_is_masked, nodes)):
-            raise ValueError(
-                "params is needed, as opt_state averages parts of the parameters: call "
-                "`sasa_optax.averaged_params(opt_state, params)`."
-            )
-        return jax.tree.map(jnp.copy, averages[0])
+        return _whole(averages)
     # By their paths: Flax NNX keeps them in other classes than the parameters.
     found: dict[Any, jax.Array] = {}
-    for average in averages:
-        for path, leaf in jax.tree.leaves_with_path(average):
-            if path in found:
-                raise ValueError(
-                    "opt_state averages the parameter "
-                    f"{jax.tree_util.keystr(path)} twice."
-                )
-            found[path] = leaf
+    for path, leaf in itertools.chain(*map(jax.tree.leaves_with_path, averages)):
+        if path in found:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"opt_state averages the parameter {name} twice.")
+        found[path] = leaf
 
     def of_leaf(path: Any, x: Numeric) -> jax.Array:
         leaf = found.pop(path, x)
         if jnp.shape(leaf) != jnp.shape(x):
             raise ValueError(
                 f"params must have the shapes of those that are averaged, got "
-                f"{jnp.shape(x)} for {jnp.shape(leaf)} at "
-                f"{jax.tree_util.keystr(path)}."
+                f"{jnp.shape(x)} for {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}."
             )
         return jnp.array(leaf, jnp.asarray(x).dtype, copy=True)
 
@@ -269,3 +247,18 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
             f"{', '.join(map(jax.tree_util.keystr, found))}."
         )
     return result
+
+
+def _whole(averages: list[optax.Params]) -> optax.Params:
+    """A copy of the one average there is, if it has all of the parameters."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = jax.tree.leaves(averages, is_leaf=is_masked)
+    if len(averages) > 1 or any(map(is_masked, nodes)):
+        raise ValueError(
+            "params is needed, as opt_state averages parts of the parameters: call "
+            "`sasa_optax.averaged_params(opt_state, params)`."
+        )
+    return jax.tree.map(jnp.copy, averages[0])

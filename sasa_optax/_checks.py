@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from sasa_optax._types import Numeric
+from sasa_optax._types import DType, Numeric
 
 
 def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
@@ -48,9 +48,7 @@ def number(name: str, value: Numeric, interval: str) -> None:
 def integer(name: str, value: Numeric, at_least: int) -> None:
     allowed = f"an integer of at least {at_least}"
     array = _scalar(name, value, allowed)
-    if array is None:
-        return
-    if array.dtype.kind not in "iu" or int(array) < at_least:
+    if array is not None and (array.dtype.kind not in "iu" or int(array) < at_least):
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
@@ -65,6 +63,29 @@ def static_integer(name: str, value: Any, at_least: int) -> int:
     return int(value)
 
 
+def fields(options: Any, **allowed: str | int) -> None:
+    """Checks fields against an interval, or as integers of at least a number.
+
+    None passes where it is the default.
+    """
+    for name, bound in allowed.items():
+        if getattr(options, name) is None and getattr(type(options), name) is None:
+            continue
+        if isinstance(bound, str):
+            number(name, getattr(options, name), bound)
+        else:
+            integer(name, getattr(options, name), bound)
+
+
+def momentum(
+    momentum: Numeric = 0.0, nu: Numeric = 1.0, weight_decay: Numeric = 0.0
+) -> None:
+    """Checks the options of quasi-hyperbolic momentum and of coupled weight decay."""
+    number("momentum", momentum, "[0, 1)")
+    number("nu", nu, "[0, 1]")
+    number("weight_decay", weight_decay, "[0, inf)")
+
+
 def choice(name: str, value: Any, choices: Iterable[str], *others: str) -> None:
     """Checks a name. The error also says what else is allowed."""
     if not isinstance(value, str) or value not in choices:
@@ -73,13 +94,12 @@ def choice(name: str, value: Any, choices: Iterable[str], *others: str) -> None:
 
 
 def learning_rate(value: Any, *, allow_schedule: bool) -> None:
-    if callable(value):
-        if allow_schedule:
-            return
+    if not callable(value):
+        number("learning_rate", value, "(0, inf)")
+    elif not allow_schedule:
         raise ValueError(
             f"learning_rate must be a number in (0, inf), got the schedule {value!r}."
         )
-    number("learning_rate", value, "(0, inf)")
 
 
 def params(params: optax.Params | None) -> optax.Params:
@@ -101,35 +121,30 @@ def boolean(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
-def axis_name(name: str, value: Any) -> None:
+def axis_name(value: Any) -> None:
     names = value if isinstance(value, tuple) else (value,)
     if value is not None and not all(isinstance(axis, str) for axis in names):
         raise ValueError(
-            f"{name} must be the name of a mesh axis, a tuple of names, or None, got "
-            f"{value!r}."
+            f"axis_name must be the name of a mesh axis, a tuple of names, or None, "
+            f"got {value!r}."
         )
 
 
-def exceeds(name: str, value: Any, other_name: str, other: Any) -> None:
-    _compare(name, value, "greater than", other_name, other)
-
-
-def at_least(name: str, value: Any, other_name: str, other: Any) -> None:
-    _compare(name, value, "at least", other_name, other)
-
-
-def _compare(name: str, value: Any, how: str, other_name: str, other: Any) -> None:
+def exceeds(
+    name: str, value: Any, other_name: str, other: Any, or_equals: bool = False
+) -> None:
+    """Checks that an argument is greater than another, or at least the other."""
     if any(isinstance(x, Tracer) for x in (value, other)):
         return
-    holds = value > other if how == "greater than" else value >= other
-    if not holds:
+    if not (value > other or (or_equals and value == other)):
+        how = "at least" if or_equals else "greater than"
         raise ValueError(
             f"{name} must be {how} {other_name}, got {name}={value} and "
             f"{other_name}={other}."
         )
 
 
-def scalar(name: str, value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+def scalar(name: str, value: Any, dtype: DType) -> jax.Array:
     """``value`` as an array of shape () and of ``dtype``."""
     array = jnp.asarray(value)
     if array.shape:

@@ -1,4 +1,4 @@
-"""A conditional that stays one under `jax.vmap`."""
+"""A conditional that is still one under `jax.vmap`."""
 
 from collections.abc import Callable
 from typing import Any

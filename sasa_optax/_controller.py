@@ -15,12 +15,12 @@ from sasa_optax import (
     _checks,
     _cpu_schedule,
     _stationarity,
-    _statistics,
     _tree,
     _types,
     _window,
 )
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._statistics import Sample, Statistic, Transition
+from sasa_optax._types import AxisName, DType, Numeric
 
 
 class ControllerState(NamedTuple):
@@ -93,8 +93,20 @@ class RateController(Protocol):
         ...
 
 
-def as_transformation(controller: RateController) -> _types.Optimizer:
-    """The controller behind other transformations, whose updates are its direction."""
+def as_transformation(
+    controller: RateController, scales_updates: bool = False
+) -> _types.Optimizer:
+    """The controller behind other transformations, whose updates are its direction.
+
+    With ``scales_updates`` they are complete: the direction is minus the updates, and
+    what the controller calls the rate is their scale.
+    """
+
+    def shown(state: Any) -> Any:
+        return state._replace(learning_rate=None) if scales_updates else state
+
+    def init(params: optax.Params) -> Any:
+        return shown(controller.init(params))
 
     def update(
         updates: optax.Updates,
@@ -105,18 +117,18 @@ def as_transformation(controller: RateController) -> _types.Optimizer:
         value: Numeric | None = None,
         **others: Any,
     ) -> tuple[optax.Updates, Any]:
+        direction = _tree.scale(-1.0, updates) if scales_updates else updates
         extra = ExtraArgs(grad, value, 0.0, others)
-        _, updates, state = controller.step(
-            updates, state, _checks.params(params), extra
-        )
-        return updates, state
+        params = _checks.params(params)
+        _, updates, state = controller.step(direction, state, params, extra)
+        return updates, shown(state)
 
-    return _types.transformation(controller.init, update)
+    return _types.transformation(init, update)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Controller:
-    """Turns a direction d into the update -learning_rate * d, and tends the rate.
+    """Turns a direction d into the update -learning_rate * d, and cuts the rate.
 
     Attributes:
       learning_rate: a number or a schedule.
@@ -131,21 +143,20 @@ class Controller:
     learning_rate: optax.ScalarOrSchedule
     min_learning_rate: Numeric = 0.0
     factor: Numeric = 0.1
-    statistic: _statistics.Statistic | None = None
+    statistic: Statistic | None = None
     test: _stationarity.StationarityTest | None = None
     window: _window.Window = _window.Window()
     axis_name: AxisName = None
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
-        _checks.number("min_learning_rate", self.min_learning_rate, "[0, inf)")
-        _checks.number("factor", self.factor, "(0, 1)")
-        _checks.axis_name("axis_name", self.axis_name)
-        # Compiled here for callers who do not compile their step. Traced anew at every
-        # step, the conditional in it would be compiled anew, too.
+        _checks.fields(self, min_learning_rate="[0, inf)", factor="(0, 1)")
+        _checks.axis_name(self.axis_name)
+        # For callers who do not compile their step: without this, the conditional in it
+        # would be traced and compiled at every step.
         self._compiled = jax.jit(self._advance)
 
-    def _base_rate(self, step: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def _base_rate(self, step: jax.Array, dtype: DType) -> jax.Array:
         rate = self.learning_rate
         value = rate(step) if callable(rate) else rate
         return _checks.scalar("learning_rate", value, dtype)
@@ -164,8 +175,7 @@ class Controller:
         dtype, zero = _tree.statistic_dtype(params), jnp.zeros((), jnp.int32)
         window, statistic = None, ()
         if self.statistic is not None and self.test is not None:
-            width = 2 if _stationarity.uses_scale(self.test) else 1
-            window = _window.empty(width, self.window.max_window, dtype)
+            window = _window.empty(2, self.window.max_window, dtype)
             statistic = self.statistic.init(params)
         return ControllerState(
             step=zero,
@@ -210,14 +220,12 @@ class Controller:
         rate: jax.Array,
     ) -> tuple[optax.Updates, jax.Array, Any]:
         """The direction to keep, the sample as a row, and the statistic's state."""
-        recorded = self.statistic
+        recorded, dtype = self.statistic, rate.dtype
         assert recorded is not None
 
-        def transition(
-            direction: Any, params: Any, grad: Any
-        ) -> _statistics.Transition:
+        def transition(direction: Any, params: Any, grad: Any) -> Transition:
             updates = _tree.scale(-rate, direction)
-            return _statistics.Transition(
+            return Transition(
                 params=params,
                 # XLA merges this with the caller's own computation of the same.
                 new_params=optax.apply_updates(params, updates),
@@ -231,27 +239,23 @@ class Controller:
         def products(direction: Any, others: Any) -> _cpu_schedule.Rows:
             params, grad, own = others
             pairs = recorded.pairs(transition(direction, params, grad), own)
-            return _tree.leaf_products(pairs, rate.dtype)
+            return _tree.leaf_products(pairs, dtype)
 
         others = params, extra.grad, state.statistic
         direction, rows = _cpu_schedule.in_groups(
-            direction, others, products, state.step, rate.dtype
+            direction, others, products, state.step, dtype
         )
         rows = _tree.sum_over(self.axis_name, rows)
-        sample, statistic = recorded.sample(
-            [_tree.total(row, rate.dtype) for row in rows],
-            transition(direction, params, extra.grad),
-            state.statistic,
-        )
-        if not isinstance(sample, _statistics.Sample):
+        found = [_tree.total(row, dtype) for row in rows]
+        whole = transition(direction, params, extra.grad)
+        sample, statistic = recorded.sample(found, whole, state.statistic)
+        if not isinstance(sample, Sample):
             raise TypeError(
                 f"statistic must return a Sample, got {sample!r} from {recorded!r}."
             )
-        row = [
-            _checks.scalar(f"Sample.{name}", x, rate.dtype)
-            for name, x in sample._asdict().items()
-        ]
-        return direction, jnp.stack(row), statistic
+        value = _checks.scalar("Sample.value", sample.value, dtype)
+        scale = _checks.scalar("Sample.scale", sample.scale, dtype)
+        return direction, jnp.stack([value, scale]), statistic
 
     def _advance(
         self,
@@ -271,8 +275,7 @@ class Controller:
         )
         if state.window is not None:
             self.window.check(state.window)
-            width = state.window.buffer.shape[0]
-            window = _window.push(state.window, row[:width], is_good)
+            window = _window.push(state.window, row, is_good)
             state, has_fired = self._judge(state._replace(window=window), is_good)
             state = self._maybe_cut(state, has_fired, base, rate)
         return state._replace(learning_rate=self.rates(state)[1])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _tree
+from sasa_optax._types import DType
 
 # A group of leaves is worth more than a dispatch costs, and fits into a cache. Between
 # 1 and 4 MB makes little difference. What fits into a cache as a whole needs no groups.
@@ -27,7 +28,7 @@ def in_groups(
     others: Any,
     products: Callable[[Any, Any], Rows],
     step: jax.Array,
-    dtype: jax.typing.DTypeLike,
+    dtype: DType,
 ) -> tuple[optax.Updates, Rows]:
     """The direction, and its products with other trees, computed group by group.
 
@@ -63,13 +64,17 @@ def in_groups(
             return direction, []
         rows.append(found)
         used = _tree.total([x for row in found for x in row], dtype)
-        one = jnp.where(is_never, jax.lax.stop_gradient(used), 1)
+        # Each one has a second use. Otherwise XLA turns the division into a product and
+        # computes that twice.
+        one = jnp.where(is_never, jax.lax.stop_gradient(used), one)
     joined = [[x for row in parts for x in row] for parts in zip(*rows, strict=True)]
+    if leaves:
+        joined[0][0] = joined[0][0] / one
     return jax.tree.unflatten(structure, leaves), joined
 
 
 def _is_never(step: jax.Array) -> jax.Array | None:
-    """A scalar that is False, known to XLA except on a CPU; None to leave the order."""
+    """False, as a scalar that XLA cannot fold on a CPU; None to leave the order."""
     try:
         # Among several devices, each group would wait for a collective.
         if jax.device_count(backend="cpu") > 1:

@@ -1,11 +1,10 @@
 """Coupled weight decay: (weight_decay/2) ||x||^2 as a part of the loss."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _tree
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 
 def is_zero(weight_decay: Numeric) -> bool:
@@ -26,7 +25,7 @@ def decayed_grads(
 def regularizer(
     weight_decay: Numeric,
     params: optax.Params,
-    dtype: jax.typing.DTypeLike,
+    dtype: DType,
     axis_name: AxisName = None,
 ) -> Numeric:
     """(weight_decay/2) ||x||^2, shape ()."""

@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 from sasa_optax import _checks
 
-# Below the lower limit a test has some ten batches to estimate a variance from, which
-# say nothing.
+# With fewer samples, a test would estimate a variance from fewer than ten batches.
 _FEWEST_SAMPLES, _MOST_SAMPLES = 100, 1000
 
 

@@ -5,7 +5,6 @@ stops falling, or when the controller cuts the rate.
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ import optax
 
 from sasa_optax import _checks, _decay, _epochs, _stationarity, _tree, _types, _window
 from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
-from sasa_optax._types import Numeric
+from sasa_optax._types import DType, Numeric
 
 _SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 
@@ -86,19 +85,17 @@ class LineSearch:
 
     def __post_init__(self) -> None:
         _checks.choice("direction", self.direction, _SUFFICIENT_DECREASE)
-        _checks.number("increase_factor", self.increase_factor, "[1, inf)")
-        _checks.number("decrease_factor", self.decrease_factor, "(0, 1)")
-        _checks.integer("max_trials", self.max_trials, 1)
-        _checks.integer("interval", self.interval, 1)
         _checks.instance("loss_test", self.loss_test, _stationarity.SlopeTest)
-        optional = {
-            "smoothing": "(0, 1]",
-            "sufficient_decrease": "(0, 1)",
-            "max_learning_rate": "(0, inf)",
-        }
-        for name, interval in optional.items():
-            if getattr(self, name) is not None:
-                _checks.number(name, getattr(self, name), interval)
+        _checks.fields(
+            self,
+            smoothing="(0, 1]",
+            sufficient_decrease="(0, 1)",
+            increase_factor="[1, inf)",
+            decrease_factor="(0, 1)",
+            max_trials=1,
+            interval=1,
+            max_learning_rate="(0, inf)",
+        )
 
     def resolved(self, steps_per_epoch: int | None) -> "LineSearch":
         """The search with its defaults filled in."""
@@ -128,7 +125,7 @@ class LineSearchState(NamedTuple):
     """What a line search remembers, with the state of its controller.
 
     Attributes:
-      line_search_active: whether it still goes on, shape (), bool.
+      line_search_active: whether the search goes on, shape (), bool.
       step_size: eta, what the newest search found on its mini-batch, before smoothing;
         shape (), float32, or float64 where a parameter is.
       num_evaluations: evaluations of ``value_fn`` since the start; shape (), int32.
@@ -165,35 +162,24 @@ class _Found(NamedTuple):
     loss: jax.Array
     num_evaluations: jax.Array
 
+    @classmethod
+    def nothing(cls, rate: jax.Array) -> "_Found":
+        no, zero = jnp.zeros((), bool), jnp.zeros_like(rate)
+        return cls(~no, no, zero + 1, no, zero, jnp.zeros((), jnp.int32))
 
-@dataclasses.dataclass(eq=False)
-class _Objective:
+
+class _Objective(NamedTuple):
     """The loss of the mini-batch along a line, with coupled weight decay.
 
     Attributes:
-      params: x_k.
-      descent: p, which a step size multiplies.
+      at: f(x_k - eta p) and its rounding error, as a function of the step size eta.
       slope: <g, p>, which is positive where the loss decreases; shape ().
       value: f(x_k), shape (), or None where it has to be evaluated.
-      value_fn: the loss without decay, as a function of the parameters alone.
-      regularizer: (weight_decay/2) ||x||^2 as a function of the parameters.
     """
 
-    params: optax.Params
-    descent: optax.Updates
+    at: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
     slope: jax.Array
     value: jax.Array | None
-    value_fn: Callable[[optax.Params], Any]
-    regularizer: Callable[[optax.Params], Numeric]
-
-    def at(self, step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """f(x_k - step_size * p) and its rounding error."""
-        step = _tree.scale(-step_size, self.descent)
-        params = optax.apply_updates(self.params, step)
-        loss = _checks.loss("value_fn's result", self.value_fn(params))
-        rounding = float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)
-        wide = jax.lax.stop_gradient(loss).astype(step_size.dtype)
-        return wide + self.regularizer(params), rounding.astype(wide.dtype)
 
 
 def _own_arguments(
@@ -203,7 +189,7 @@ def _own_arguments(
     kinds = inspect.Parameter
     parameters = list(inspect.signature(value_fn).parameters.values())
     by_name = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    # The first is for the parameters, whatever its name.
+    # The first parameter takes x, whatever its name.
     named = {p.name for p in parameters[1:] if p.kind in by_name}
     names = extra_args.keys() & named
     if any(p.kind is kinds.VAR_KEYWORD for p in parameters):
@@ -211,41 +197,37 @@ def _own_arguments(
     return {name: extra_args[name] for name in names}
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class SearchingController:
-    """Finds the rate that a `Controller` then tends.
+    """Finds the rate that a `Controller` then cuts.
 
-    Attributes:
-      search: the options, with their defaults filled in.
-      controller: tends the rate at every step.
-      ends: whether the search ends when the losses no longer fall, or when the
-        controller cuts the rate.
+    If the controller has a test, the search ends when the losses no longer fall, or
+    when the controller cuts the rate.
     """
 
     search: LineSearch
     controller: Controller
-    ends: bool
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.controller.learning_rate, allow_schedule=False)
-        if self.search.max_learning_rate is not None:
+        if (most := self.search.max_learning_rate) is not None:
             for name in ("learning_rate", "min_learning_rate"):
                 least = getattr(self.controller, name)
-                most = self.search.max_learning_rate
                 _checks.exceeds("max_learning_rate", most, name, least)
-        # As in the controller. Only what holds the user's own function is compiled
-        # anew at every step of a caller who does not compile it.
+        # As in the controller. If callers do not compile their step, only the part with
+        # their own function is compiled at every step.
         self._compiled = jax.jit(self._learn)
 
     def init(self, params: optax.Params) -> LineSearchState:
         controller = self.controller.init(params)
-        dtype, capacity = controller.scale.dtype, self.controller.window.max_window
+        dtype, ends = controller.scale.dtype, self.controller.test is not None
+        losses = _window.empty(1, self.controller.window.max_window, dtype)
         return LineSearchState(
             line_search_active=jnp.ones((), bool),
             step_size=jnp.zeros((), dtype),
             num_evaluations=jnp.zeros((), jnp.int32),
-            losses=_window.empty(1, capacity, dtype) if self.ends else None,
-            loss_test=_stationarity.no_result(dtype) if self.ends else None,
+            losses=losses if ends else None,
+            loss_test=_stationarity.no_result(dtype) if ends else None,
             controller=controller,
         )
 
@@ -265,7 +247,7 @@ class SearchingController:
         found = jax.lax.cond(
             state.line_search_active,
             lambda: self._look(direction, state, params, extra, rate),
-            lambda: self._rest(rate),
+            lambda: _Found.nothing(rate),
         )
         # Where losses come with searches only, each stands for the steps between.
         steps_per_loss = self.search.interval if extra.value is None else 1
@@ -292,7 +274,7 @@ class SearchingController:
         direction: optax.Updates,
         params: optax.Params,
         extra: ExtraArgs,
-        dtype: jax.typing.DTypeLike,
+        dtype: DType,
     ) -> _Objective:
         # The search is no part of what is differentiated, nor can its loop be.
         given: Any = (direction, params, extra.grad, extra.value)
@@ -300,21 +282,25 @@ class SearchingController:
         decay, axis_name = extra.weight_decay, self.controller.axis_name
         others = dict(extra.others)
         value_fn = others.pop("value_fn")
+        own_arguments = _own_arguments(value_fn, others)
 
-        def regularizer(params: optax.Params) -> Numeric:
-            return _decay.regularizer(decay, params, dtype, axis_name)
+        def regularized(loss: jax.Array, params: optax.Params) -> jax.Array:
+            penalty = _decay.regularizer(decay, params, dtype, axis_name)
+            return loss.astype(dtype) + penalty
+
+        def at(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
+            new = optax.apply_updates(params, _tree.scale(-step_size, descent))
+            loss = _checks.loss("value_fn's result", value_fn(new, **own_arguments))
+            rounding = float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)
+            loss = regularized(jax.lax.stop_gradient(loss), new)
+            return loss, rounding.astype(dtype)
 
         grad = _decay.decayed_grads(grad, decay, params)
         descent = direction if self.search.direction == "update" else grad
-        if value is not None:
-            value = value.astype(dtype) + regularizer(params)
         return _Objective(
-            params=params,
-            descent=descent,
+            at=at,
             slope=_tree.inner_products([(grad, descent)], dtype, axis_name)[0],
-            value=value,
-            value_fn=functools.partial(value_fn, **_own_arguments(value_fn, others)),
-            regularizer=regularizer,
+            value=None if value is None else regularized(value, params),
         )
 
     def _look(
@@ -328,34 +314,18 @@ class SearchingController:
         """Searches, if a search is due at this step."""
         objective = self._objective(direction, params, extra, rate.dtype)
         interval = jnp.asarray(self.search.interval, jnp.int32)
-        return jax.lax.cond(
-            state.controller.step % interval == 0,
-            lambda: self._find(objective, rate),
-            lambda: self._rest(rate, objective.value, objective.slope),
-        )
+        return self._find(objective, rate, state.controller.step % interval == 0)
 
-    def _rest(
-        self, rate: jax.Array, loss: jax.Array | None = None, slope: Numeric = 0.0
+    def _find(
+        self, objective: _Objective, rate: jax.Array, is_due: jax.Array
     ) -> _Found:
-        """Takes the place of `_find` between two searches, and after they end."""
-        known = jnp.zeros_like(rate) if loss is None else loss
-        is_good = jnp.isfinite(slope) & jnp.isfinite(known)
-        return _Found(
-            is_good=is_good,
-            is_search=jnp.zeros((), bool),
-            ratio=jnp.ones_like(rate),
-            has_loss=is_good & (loss is not None),
-            loss=jnp.where(is_good, known, 0),
-            num_evaluations=jnp.zeros((), jnp.int32),
-        )
-
-    def _find(self, objective: _Objective, rate: jax.Array) -> _Found:
         """Tries step sizes from increase_factor * rate down, until one is accepted.
 
         There is one loop, so that the loss is compiled once. Its pass 0 evaluates
-        f(x_k), and is left out where that is known. Pass n is the n-th trial.
+        f(x_k), and is left out where that is known. Pass n is the n-th trial. If no
+        search is due, the loop makes no pass.
         """
-        dtype, slope = rate.dtype, objective.slope
+        dtype, slope, known = rate.dtype, objective.slope, objective.value
         increase = jnp.asarray(self.search.increase_factor, dtype)
         decrease = jnp.asarray(self.search.decrease_factor, dtype)
         required = jnp.asarray(self.search.sufficient_decrease, dtype)
@@ -366,7 +336,9 @@ class SearchingController:
         def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
             trial, _, is_good, accepted = carry
             is_left = trial <= jnp.asarray(self.search.max_trials, jnp.int32)
-            return (trial == 0) | (is_good & (slope > 0) & is_left & ~accepted)
+            return is_due & (
+                (trial == 0) | (is_good & (slope > 0) & is_left & ~accepted)
+            )
 
         def one_pass(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             trial, start, is_good, _ = carry
@@ -374,13 +346,12 @@ class SearchingController:
             step_size = jnp.where(is_start, 0, ratio(trial) * rate)
             loss, rounding = objective.at(step_size)
             is_finite = jnp.isfinite(loss)
-            # A rise that the loss's own dtype cannot tell from none is none.
+            # A rise within the rounding error of the loss is none.
             bound = start - required * step_size * slope + rounding
             accepted = ~is_start & is_finite & (loss <= bound)
             start = jnp.where(is_start & is_finite, loss, start)
             return trial + 1, start, is_good & (is_finite | ~is_start), accepted
 
-        known = objective.value
         loss = jnp.zeros((), dtype) if known is None else known
         first = jnp.asarray(0 if known is None else 1, jnp.int32)
         is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
@@ -393,9 +364,9 @@ class SearchingController:
         found = jnp.where(slope > 0, found, decrease)
         return _Found(
             is_good=is_good,
-            is_search=is_good,
-            ratio=jnp.where(is_good, found, 1),
-            has_loss=is_good,
+            is_search=is_due & is_good,
+            ratio=jnp.where(is_due & is_good, found, 1),
+            has_loss=is_good & (is_due | (known is not None)),
             loss=start,
             num_evaluations=trial - first,
         )
@@ -422,7 +393,9 @@ class SearchingController:
             num_evaluations=jnp.where(count < 0, state.num_evaluations, count),
             controller=controller,
         )
-        return self._judge_losses(state, found, steps_per_loss) if self.ends else state
+        if state.losses is None:
+            return state
+        return self._judge_losses(state, found, steps_per_loss)
 
     def _judge_losses(
         self, state: LineSearchState, found: _Found, steps_per_loss: jax.Array
@@ -449,3 +422,10 @@ class SearchingController:
             losses=losses,
             loss_test=result,
         )
+
+
+def searching(
+    controller: Controller, search: LineSearch, steps_per_epoch: int | None
+) -> SearchingController:
+    _checks.instance("search", search, LineSearch)
+    return SearchingController(search.resolved(steps_per_epoch), controller)

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Of the fast average: at least this many losses, and this share of the slow one's.
+from sasa_optax._types import DType
+
+# The horizon of the fast average: a share of the slow one's, and at least so many.
 _MIN_FAST, _FAST_SHARE = 16, 1 / 8
 # A gain counts as real when it exceeds so many standard deviations of the fast average.
 _REAL = 5.0
 # The rate may rise while the loss falls by this share of the gain within a horizon.
 _FALLING = 0.02
 # So much of a real gain is lost when a rise went too far, and when the model is lost.
-_OVERSHOOT, _BRAKE = 0.1, 0.5
+OVERSHOOT, BRAKE = 0.1, 0.5
 _NUM_DEVIATIONS = 3.0
 
 
@@ -65,7 +67,7 @@ class Verdict(NamedTuple):
     is_missing: jax.Array
 
 
-def start(dtype: jax.typing.DTypeLike) -> LossState:
+def start(dtype: DType) -> LossState:
     dtypes = dict.fromkeys(LossState._fields, dtype)
     dtypes |= {"num_losses": jnp.int32, "num_missed": jnp.int32, "has_gained": bool}
     return LossState(**{name: jnp.zeros((), each) for name, each in dtypes.items()})
@@ -81,7 +83,7 @@ def watch(
 ) -> tuple[LossState, Verdict]:
     """Takes the loss of a step, of the state's dtype, and judges it."""
     value = jax.lax.stop_gradient(value)
-    # Nor may its square overflow, which the variance would never forget.
+    # Its square must not overflow either: the variance would never forget it.
     is_missing = ~jnp.isfinite((value - state.fast) ** 2)
     value = jnp.where(is_missing, state.fast, value)
     seen = _averaged(state, value, horizon)
@@ -100,16 +102,16 @@ def watch(
     above = seen.fast - _NUM_DEVIATIONS * error
     above_best, above_first = above - best, above - first - _REAL * error_of_first
     is_falling = seen.slow - seen.fast >= _FALLING * gained
-    is_above = has_gained & (above_best > _OVERSHOOT * gained)
+    is_above = has_gained & (above_best > OVERSHOOT * gained)
     is_open = is_falling | ~has_gained
-    lost = jnp.where(has_gained, above_best > _BRAKE * gained, above_first > 0)
+    lost = jnp.where(has_gained, above_best > BRAKE * gained, above_first > 0)
     num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)
     verdict = Verdict(
         # A loss that never varies says nothing.
         may_rise=~is_missing & ~is_above & is_open & (seen.variance > 0),
         is_above=~is_missing & is_above,
-        # Twice in a row, as a single one may be the fault of a mini-batch; and not
-        # again, as a cut has been made.
+        # A single loss that is not finite may be the fault of its mini-batch. After the
+        # second the cut has been made, so the third must not make another.
         is_lost=(~is_missing & is_judged & lost) | (num_missed == 2),
         is_missing=is_missing,
     )
@@ -152,7 +154,7 @@ def _fast_horizon(horizon: jax.Array) -> jax.Array:
 
 
 def _weight(num_losses: jax.Array, horizon: jax.Array) -> jax.Array:
-    # Before the first loss, too, nothing may be divided by zero.
+    # Before the first loss the count is zero.
     return 1 / jnp.clip(num_losses.astype(horizon.dtype), 1, horizon)
 
 

@@ -34,11 +34,6 @@ class MomentumState(NamedTuple):
     controller: Any
 
 
-def _check_qhm(momentum: Numeric, nu: Numeric) -> None:
-    _checks.number("momentum", momentum, "[0, 1)")
-    _checks.number("nu", nu, "[0, 1]")
-
-
 def _init_trace(params: optax.Params) -> optax.Updates:
     return jax.tree.map(jnp.zeros_like, params)
 
@@ -62,8 +57,7 @@ def with_momentum(
     controller: RateController, momentum: Numeric, nu: Numeric, weight_decay: Numeric
 ) -> _types.Optimizer:
     """A controller behind QHM that restarts after each drop."""
-    _check_qhm(momentum, nu)
-    _checks.number("weight_decay", weight_decay, "[0, inf)")
+    _checks.momentum(momentum, nu, weight_decay)
 
     def init(params: optax.Params) -> MomentumState:
         return MomentumState(_init_trace(params), controller.init(params))
@@ -105,7 +99,8 @@ def scale_by_qhm(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> _types.Optimizer
       h_k = (1-\beta) g_k + \beta h_{k-1}, \qquad d_k = (1-\nu) g_k + \nu h_k
 
     With ``nu=1`` it is normalised momentum, with ``nu=0`` plain SGD, and with
-    ``nu=momentum`` Nesterov's.
+    ``nu=momentum`` Nesterov's (`Ma and Yarats, 2019
+    <https://arxiv.org/abs/1810.06801>`_).
 
     **The rate.** Because h is an average and not a sum, a rate of 1.0 with
     ``momentum=0.9`` moves like ``optax.sgd(0.1, momentum=0.9)``. Multiply a rate that
@@ -117,10 +112,10 @@ def scale_by_qhm(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> _types.Optimizer
 
     Returns:
       An `optax.GradientTransformationExtraArgs` from gradients to directions of the
-      same dtypes, whose state is a `ScaleByQhmState`; it ignores extra arguments.
+      same dtypes, whose state is a `ScaleByQhmState`. It ignores extra arguments.
 
     Raises:
-      ValueError: at construction, if an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,12 +125,8 @@ def scale_by_qhm(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> _types.Optimizer
       >>> direction, state = optimizer.update(jnp.array([1.0, 2.0]), state)
       >>> print(direction)
       [0.37 0.74]
-
-    References:
-      Ma and Yarats, `Quasi-hyperbolic momentum and Adam for deep learning
-      <https://arxiv.org/abs/1810.06801>`_, ICLR 2019.
     """
-    _check_qhm(momentum, nu)
+    _checks.momentum(momentum, nu)
 
     def init(params: optax.Params) -> ScaleByQhmState:
         return ScaleByQhmState(_init_trace(params))
@@ -161,11 +152,9 @@ def qhm(
 ) -> optax.GradientTransformation:
     """SGD with quasi-hyperbolic momentum, which SASA+ and SALSA are built on.
 
-    See `scale_by_qhm` for the equations. The rate is that of *normalised* momentum: 1.0
-    with ``momentum=0.9`` moves like ``optax.sgd(0.1, momentum=0.9)``.
-
     Args:
-      learning_rate: a positive number, scalar array or optax schedule.
+      learning_rate: a positive number, scalar array or optax schedule. It is the rate
+        of *normalised* momentum: see `scale_by_qhm`, which also has the equations.
       momentum: beta, in [0, 1). Default 0.9.
       nu: the weight of the average, in [0, 1]; 1 is normalised momentum, 0 plain SGD,
         ``momentum`` Nesterov's. Default 1.0.
@@ -173,12 +162,12 @@ def qhm(
         [0, inf). Default 0.0.
 
     Returns:
-      An `optax.GradientTransformation`; with ``weight_decay`` its ``update`` needs the
+      An `optax.GradientTransformation`. With ``weight_decay`` its ``update`` needs the
       parameters.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        the parameters are needed and missing.
+      ValueError: if an argument is out of range, or the parameters are needed and
+        missing.
 
     Example:
       >>> import jax, optax, sasa_optax
@@ -193,21 +182,15 @@ def qhm(
       ...     params = optax.apply_updates(params, updates)
       >>> print(params.round(2))
       [3. 3.]
-
-    References:
-      Ma and Yarats, `Quasi-hyperbolic momentum and Adam for deep learning
-      <https://arxiv.org/abs/1810.06801>`_, ICLR 2019.
     """
     _checks.learning_rate(learning_rate, allow_schedule=True)
-    _checks.number("weight_decay", weight_decay, "[0, inf)")
+    _checks.momentum(momentum, nu, weight_decay)
 
-    def coupled_decay(
-        updates: optax.Updates, params: optax.Params | None
-    ) -> optax.Updates:
-        return _decay.decayed_grads(updates, weight_decay, params)
+    def decayed(grads: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        return _decay.decayed_grads(grads, weight_decay, params)
 
     return optax.chain(
-        optax.stateless(coupled_decay),
+        optax.stateless(decayed),
         scale_by_qhm(momentum, nu),
         optax.scale_by_learning_rate(learning_rate),
     )

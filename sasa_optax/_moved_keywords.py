@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from sasa_optax._stationarity import NAMED
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -37,13 +39,20 @@ def names_moved_keywords(function: Callable[_P, _T]) -> Callable[_P, _T]:
       TypeError: if the function is called with the keyword.
     """
     accepted = inspect.signature(function).parameters
+    kind = NAMED.get(accepted["test"].default) if "test" in accepted else None
+
+    def place(name: str) -> str:
+        # The option is that of the function's own test, if that test has it.
+        if kind is not None and hasattr(kind, name):
+            return f"test=sasa_optax.{kind.__name__}({name}=...)"
+        return _PLACES[name]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         for name in kwargs.keys() & _PLACES.keys() - accepted.keys():
             raise TypeError(
                 f"{function.__name__}() got an unexpected keyword argument {name!r}: "
-                f"write {_PLACES[name]}."
+                f"write {place(name)}."
             )
         return function(*args, **kwargs)
 

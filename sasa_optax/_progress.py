@@ -1,4 +1,4 @@
-"""Progress: how far the iterates have come, beside what a random walk would have."""
+"""Progress: how far the iterates have come, compared with a random walk."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import optax
 
 from sasa_optax import _average, _checks, _cpu_schedule, _tree, _types
 from sasa_optax._statistics import dissipation
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 _LEAK_RATIO = 8
 
@@ -56,10 +56,10 @@ def step(
     scale: jax.Array | None = None,
     returns: jax.Array | None = None,
 ) -> tuple[optax.Updates, ProgressState]:
-    """Measures the step, whose updates may be changed first.
+    """Changes the updates if asked to, and measures the step that they make.
 
-    The updates are multiplied by ``scale``. Where ``returns`` is true, they go back to
-    the average instead, and the walks begin anew.
+    The updates are multiplied by ``scale``. Where ``returns`` is true, they lead back
+    to the average instead, and the walks begin anew.
     """
     centre, dtype = state.average.averaged, state.progress.dtype
 
@@ -153,7 +153,7 @@ def measure_progress(
     momentum: Numeric = 0.9,
     *,
     axis_name: AxisName = None,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DType | None = None,
 ) -> _types.Optimizer:
     r"""Averages the iterates, measures progress, and leaves the updates alone.
 
@@ -180,10 +180,9 @@ def measure_progress(
     See docs/progress.md.
 
     Args:
-      momentum: beta, in [0, 1), of the direction: ``b1`` of Adam, 0 for RMSprop and
+      momentum: beta of the direction, in [0, 1): ``b1`` of Adam, 0 for RMSprop and
         Adafactor, 0.97 for Lion. Default 0.9.
-      axis_name: the mesh axis, or a tuple of them, over which the parameters are
-        sharded inside `jax.shard_map`, as in `scale_by_sasa_plus`. Default None.
+      axis_name: see `scale_by_sasa_plus`. Default None.
       dtype: the dtype of the average, as in `average_iterates`. Default None.
 
     Returns:
@@ -193,8 +192,7 @@ def measure_progress(
       finite leaves progress as it was.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params`` is missing.
+      ValueError: if an argument is out of range, or ``params`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -209,7 +207,7 @@ def measure_progress(
       True
     """
     _checks.number("momentum", momentum, "[0, 1)")
-    _checks.axis_name("axis_name", axis_name)
+    _checks.axis_name(axis_name)
     wide = _average.checked_dtype(dtype)
 
     def init(params: optax.Params) -> ProgressState:

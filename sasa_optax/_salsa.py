@@ -4,41 +4,23 @@ Both are a line search in front of a controller:
 
   SSLS: the search alone. Nothing is tested, and it never ends.
   SALSA: the search until the loss stops falling, then SASA+.
-"""
 
-from typing import Any
+See `Zhang et al., 2020 <https://arxiv.org/abs/2002.10597>`_.
+"""
 
 import jax
 
-from sasa_optax import _checks, _types
+from sasa_optax import _types
 from sasa_optax._average import maybe_averaged
 from sasa_optax._controller import Controller, as_transformation
-from sasa_optax._line_search import LineSearch, SearchingController
+from sasa_optax._line_search import LineSearch, searching
 from sasa_optax._momentum import with_momentum
 from sasa_optax._moved_keywords import names_moved_keywords
 from sasa_optax._sasa import make_controller
-from sasa_optax._stationarity import StationarityTest, TestName
+from sasa_optax._stationarity import TestLike
 from sasa_optax._statistics import StatisticLike, as_statistic
 from sasa_optax._types import AxisName, Numeric
 from sasa_optax._window import Window
-
-
-def _searching(
-    controller: Controller, search: LineSearch, steps_per_epoch: int | None, ends: bool
-) -> SearchingController:
-    _checks.instance("search", search, LineSearch)
-    search = search.resolved(steps_per_epoch)
-    return SearchingController(search=search, controller=controller, ends=ends)
-
-
-def _ssls_controller(
-    learning_rate: float | jax.Array,
-    steps_per_epoch: int | None,
-    search: LineSearch,
-    **options: Any,
-) -> SearchingController:
-    controller = Controller(learning_rate=learning_rate, **options)
-    return _searching(controller, search, steps_per_epoch, ends=False)
 
 
 @names_moved_keywords
@@ -75,9 +57,9 @@ def scale_by_ssls(
       ``update`` needs ``params`` and, as optax's line searches do,
 
       - ``value_fn``: a function from parameters to the loss of this mini-batch, a
-        floating-point scalar. Extra arguments of ``update`` that it takes by name are
-        passed on to it. It must be deterministic: without dropout, and with batch norm
-        in inference mode.
+        floating-point scalar. It receives the extra arguments of ``update`` that it
+        takes by name. It must be deterministic: without dropout, and with batch norm in
+        inference mode.
       - ``grad``: the gradient.
       - ``value``: f(x_k), which is evaluated if it is left out. Pass it only where the
         loss that was differentiated is exactly ``value_fn``, which is not so with
@@ -87,44 +69,32 @@ def scale_by_ssls(
       the rate stays.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params``, ``value_fn`` or ``grad`` is missing, or a loss is not a
-        floating-point scalar.
+      ValueError: if an argument is out of range, if ``params``, ``value_fn`` or
+        ``grad`` is missing, or if a loss is not a floating-point scalar.
 
     Example:
       >>> import jax, optax, sasa_optax
       >>> import jax.numpy as jnp
-      >>> loss = lambda x: jnp.sum((x - 3.0) ** 2)
+      >>> loss = lambda x: jnp.sum(x**2)
       >>> search = sasa_optax.LineSearch(direction="update")
       >>> optimizer = optax.chain(
       ...     optax.scale_by_adam(), sasa_optax.scale_by_ssls(search=search)
       ... )
-      >>> @jax.jit
-      ... def step(params, state):
-      ...     value, grads = jax.value_and_grad(loss)(params)
-      ...     updates, state = optimizer.update(
-      ...         grads, state, params, value=value, grad=grads, value_fn=loss
-      ...     )
-      ...     return optax.apply_updates(params, updates), state
-      >>> params = jnp.zeros(2)
+      >>> params = jnp.ones(3)
       >>> state = optimizer.init(params)
-      >>> for _ in range(200):
-      ...     params, state = step(params, state)
-      >>> print(params.round(2))
-      [3. 3.]
-
-    References:
-      Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
-      <https://arxiv.org/abs/2002.10597>`_, 2020.
+      >>> value, grads = jax.value_and_grad(loss)(params)
+      >>> updates, state = optimizer.update(
+      ...     grads, state, params, value=value, grad=grads, value_fn=loss
+      ... )
+      >>> print(optax.tree.get(state, "learning_rate").round(4))
+      0.0011
     """
-    controller = _ssls_controller(
-        learning_rate,
-        steps_per_epoch,
-        search,
+    controller = Controller(
+        learning_rate=learning_rate,
         min_learning_rate=min_learning_rate,
         axis_name=axis_name,
     )
-    return as_transformation(controller)
+    return as_transformation(searching(controller, search, steps_per_epoch))
 
 
 @names_moved_keywords
@@ -145,25 +115,20 @@ def ssls(
     rate. The search continues to the end of the training, and the rate never settles.
     Use it to find a rate, and `salsa` to train.
 
-    **The rate** is that of normalised momentum: 1.0 with ``momentum=0.9`` moves like
-    ``optax.sgd(0.1, momentum=0.9)``.
-
     Args:
-      learning_rate: where to start, a positive number or scalar array. Default 1e-3.
-      momentum, nu: see `sasa_plus`.
       weight_decay: coupled L2, :math:`\lambda` in [0, inf): this times the parameters
         is added to the gradients, and :math:`\tfrac{\lambda}{2}\|x\|^2` to the losses.
         Default 0.0.
-      steps_per_epoch, min_learning_rate, search, axis_name: see `scale_by_ssls`.
+      momentum, nu: see `qhm`.
+      learning_rate, steps_per_epoch, min_learning_rate, search, axis_name: see
+        `scale_by_ssls`. The rate is that of normalised momentum, as in `sasa_plus`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose state is a `MomentumState`. Its
-      ``update`` needs ``params`` and ``value_fn``, and takes ``value``: see
-      `scale_by_ssls`. Its own updates serve as the gradient.
+      As `scale_by_ssls`, with a `MomentumState` around the `LineSearchState`. Its own
+      updates serve as ``grad``.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params`` or ``value_fn`` is missing, or a loss is not a floating-point scalar.
+      ValueError: as `scale_by_ssls`.
 
     Example:
       >>> import jax, optax, sasa_optax
@@ -185,19 +150,14 @@ def ssls(
       ...     params, state = step(params, state, key)
       >>> bool(0.1 < optax.tree.get(state, "learning_rate") < 1.0)
       True
-
-    References:
-      Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
-      <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
-    controller = _ssls_controller(
-        learning_rate,
-        steps_per_epoch,
-        search,
+    controller = Controller(
+        learning_rate=learning_rate,
         min_learning_rate=min_learning_rate,
         axis_name=axis_name,
     )
-    return with_momentum(controller, momentum, nu, weight_decay)
+    searched = searching(controller, search, steps_per_epoch)
+    return with_momentum(searched, momentum, nu, weight_decay)
 
 
 @names_moved_keywords
@@ -208,7 +168,7 @@ def scale_by_salsa(
     factor: Numeric = 0.1,
     min_learning_rate: Numeric = 0.0,
     statistic: StatisticLike = "master",
-    test: TestName | StationarityTest | None = None,
+    test: TestLike | None = None,
     window: Window = Window(),
     search: LineSearch = LineSearch(),
     average: bool = True,
@@ -218,56 +178,38 @@ def scale_by_salsa(
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be.
     It starts as `scale_by_ssls`, and keeps the mini-batches' losses :math:`f(x_k)` in a
-    window, while the samples of `scale_by_sasa_plus` go to another. The search
-    ends for good when
+    window. Another window keeps the samples of `scale_by_sasa_plus`. The search ends
+    for good when
 
-    - more than ``min_samples`` losses are kept and a `SlopeTest`, run at every step,
-      finds them no longer falling: the rate stays; or
+    - the window keeps more than ``min_samples`` losses and a `SlopeTest`, run at every
+      step, finds them no longer falling: the rate stays; or
     - the test of `scale_by_sasa_plus` fires: the rate drops.
 
     From then on it is `scale_by_sasa_plus`, and ``value_fn`` is not evaluated again.
 
     Args:
-      learning_rate: where to start, a positive number or scalar array. Default 1e-3.
       steps_per_epoch: the number of steps in an epoch. It sets what ``window`` and
         ``search`` do not give. Default None.
-      search: see `scale_by_ssls`. Default ``LineSearch()``.
+      learning_rate, search: see `scale_by_ssls`.
       average: see `scale_by_sasa_plus`. Default True.
       factor, min_learning_rate, statistic, test, window, axis_name: see
         `scale_by_sasa_plus`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose state is the pair of a
+      An `optax.GradientTransformationExtraArgs`. Its state is the pair of a
       `LineSearchState` and an `AverageState`, or the first alone with
-      ``average=False``. Its ``update`` needs ``params``, ``value_fn`` and ``grad``, and
-      takes ``value``: see `scale_by_ssls`. Where the loss or the gradient is not
-      finite, nothing is recorded, and the rate stays.
+      ``average=False``. Its ``update`` takes what that of `scale_by_ssls` takes. Where
+      the loss or the gradient is not finite, nothing is recorded, and the rate stays.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params``, ``value_fn`` or ``grad`` is missing, or a loss is not a
-        floating-point scalar.
+      ValueError: as `scale_by_ssls`.
 
     Example:
-      >>> import jax, optax, sasa_optax
-      >>> import jax.numpy as jnp
+      >>> import optax, sasa_optax
       >>> search = sasa_optax.LineSearch(direction="update")
       >>> optimizer = optax.chain(
       ...     optax.scale_by_adam(), sasa_optax.scale_by_salsa(search=search)
       ... )
-      >>> loss = lambda x: jnp.sum(x**2)
-      >>> params = jnp.ones(3)
-      >>> state = optimizer.init(params)
-      >>> value, grads = jax.value_and_grad(loss)(params)
-      >>> updates, state = optimizer.update(
-      ...     grads, state, params, value=value, grad=grads, value_fn=loss
-      ... )
-      >>> print(optax.tree.get(state, "learning_rate").round(4))
-      0.0011
-
-    References:
-      Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
-      <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
     controller = make_controller(
         learning_rate,
@@ -279,8 +221,7 @@ def scale_by_salsa(
         min_learning_rate=min_learning_rate,
         axis_name=axis_name,
     )
-    searching = _searching(controller, search, steps_per_epoch, ends=True)
-    optimizer = as_transformation(searching)
+    optimizer = as_transformation(searching(controller, search, steps_per_epoch))
     return maybe_averaged(optimizer, average, window.leak_ratio)
 
 
@@ -295,7 +236,7 @@ def salsa(
     factor: Numeric = 0.1,
     min_learning_rate: Numeric = 0.0,
     statistic: StatisticLike = "master",
-    test: TestName | StationarityTest | None = None,
+    test: TestLike | None = None,
     window: Window = Window(),
     search: LineSearch = LineSearch(),
     average: bool = True,
@@ -308,51 +249,34 @@ def salsa(
     ends. From then on the rate drops, and the momentum restarts, whenever a test finds
     that progress has stopped.
 
-    **The rate** is that of normalised momentum: 1.0 with ``momentum=0.9`` moves like
-    ``optax.sgd(0.1, momentum=0.9)``.
-
     Args:
-      learning_rate: where to start, a positive number or scalar array. Default 1e-3.
-      momentum, nu, weight_decay: see `ssls`.
       steps_per_epoch: see `scale_by_salsa`. It is the one argument worth giving.
-      factor, min_learning_rate, statistic, test, window, search, average, axis_name:
-        see `scale_by_salsa`. The named statistics take this momentum.
+      momentum, nu, weight_decay: see `ssls`. The named statistics take this momentum.
+      learning_rate, factor, min_learning_rate, statistic, test: see `scale_by_salsa`.
+        The rate is that of normalised momentum, as in `sasa_plus`.
+      window, search, average, axis_name: see `scale_by_salsa`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose state is the pair of a
-      `MomentumState` and an `AverageState`, or the first alone with ``average=False``.
-      Its ``update`` needs ``params`` and ``value_fn``, and takes ``value``: see
-      `scale_by_ssls`. Its own updates serve as the gradient.
+      As `scale_by_salsa`, with a `MomentumState` around the `LineSearchState`. Its own
+      updates serve as ``grad``.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params`` or ``value_fn`` is missing, or a loss is not a floating-point scalar.
+      ValueError: as `ssls`.
 
     Example:
       >>> import jax, optax, sasa_optax
       >>> import jax.numpy as jnp
       >>> def loss(x, target):
       ...     return jnp.sum((x - target) ** 2)
-      >>> window = sasa_optax.Window(leak_ratio=4)
-      >>> optimizer = sasa_optax.salsa(steps_per_epoch=100, window=window)
-      >>> @jax.jit
-      ... def step(params, state, key):
-      ...     target = jax.random.normal(key, params.shape)
-      ...     value, grads = jax.value_and_grad(loss)(params, target)
-      ...     updates, state = optimizer.update(
-      ...         grads, state, params, value=value, value_fn=loss, target=target
-      ...     )
-      ...     return optax.apply_updates(params, updates), state
-      >>> params = jnp.full(10, 5.0)
+      >>> optimizer = sasa_optax.salsa(steps_per_epoch=100)
+      >>> params, target = jnp.full(10, 5.0), jnp.zeros(10)
       >>> state = optimizer.init(params)
-      >>> for key in jax.random.split(jax.random.key(0), 1000):
-      ...     params, state = step(params, state, key)
+      >>> value, grads = jax.value_and_grad(loss)(params, target)
+      >>> updates, state = optimizer.update(
+      ...     grads, state, params, value=value, value_fn=loss, target=target
+      ... )
       >>> bool(optax.tree.get(state, "line_search_active"))
-      False
-
-    References:
-      Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
-      <https://arxiv.org/abs/2002.10597>`_, 2020.
+      True
     """
     controller = make_controller(
         learning_rate,
@@ -364,6 +288,6 @@ def salsa(
         min_learning_rate=min_learning_rate,
         axis_name=axis_name,
     )
-    searching = _searching(controller, search, steps_per_epoch, ends=True)
-    optimizer = with_momentum(searching, momentum, nu, weight_decay)
+    searched = searching(controller, search, steps_per_epoch)
+    optimizer = with_momentum(searched, momentum, nu, weight_decay)
     return maybe_averaged(optimizer, average, window.leak_ratio)

@@ -7,7 +7,7 @@ from sasa_optax._average import maybe_averaged
 from sasa_optax._momentum import with_momentum
 from sasa_optax._moved_keywords import names_moved_keywords
 from sasa_optax._sasa import make_controller
-from sasa_optax._stationarity import SlopeTest, StationarityTest, TestName
+from sasa_optax._stationarity import TestLike
 from sasa_optax._statistics import loss_statistic
 from sasa_optax._types import AxisName, Numeric
 from sasa_optax._window import Window
@@ -23,7 +23,7 @@ def slope(
     steps_per_epoch: int | None = None,
     factor: Numeric = 0.5,
     min_learning_rate: Numeric = 0.0,
-    test: TestName | StationarityTest = SlopeTest(),
+    test: TestLike = "slope",
     window: Window = Window(),
     average: bool = False,
     axis_name: AxisName = None,
@@ -32,34 +32,21 @@ def slope(
 
     Quasi-hyperbolic momentum (`scale_by_qhm`) makes the direction. At every step SLOPE
     records the loss, with coupled weight decay :math:`\lambda` plus
-    :math:`\tfrac{\lambda}{2}\|x_{k+1}\|^2`. With r the correlation of the n newest
-    losses and their steps, and
-
-    .. math::
-
-      t = r\sqrt{\frac{n - 2}{1 - r^2}},
-
-    the loss is still falling if :math:`P(T_{n-2} < t)` is below the significance of the
-    test. Otherwise the rate drops, and the momentum restarts.
-
-    **The rate** is that of normalised momentum: 1.0 with ``momentum=0.9`` moves like
-    ``optax.sgd(0.1, momentum=0.9)``.
+    :math:`\tfrac{\lambda}{2}\|x_{k+1}\|^2`. When `SlopeTest` finds that the recorded
+    values no longer fall, the rate drops, and the momentum restarts. See `Zhang et al.,
+    2020 <https://arxiv.org/abs/2002.10597>`_.
 
     Args:
-      learning_rate, momentum, nu, weight_decay: see `sasa_plus`.
       factor: what a drop multiplies the rate by, in (0, 1). Default 0.5.
-      test: see `scale_by_sasa_plus`. Default ``SlopeTest()``.
-      steps_per_epoch, min_learning_rate, window, average, axis_name: see
-        `scale_by_sasa_plus`.
+      test: see `scale_by_sasa_plus`. Default "slope".
+      learning_rate, momentum, nu, weight_decay, steps_per_epoch: see `sasa_plus`.
+      min_learning_rate, window, average, axis_name: see `sasa_plus`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose state is a `MomentumState`. With
-      ``average=True`` it is the pair of that and an `AverageState`. Its ``update``
-      needs ``params`` and ``value``, the loss of the mini-batch.
+      As `sasa_plus`. Its ``update`` also needs ``value``, the loss of the mini-batch.
 
     Raises:
-      ValueError: at construction, if an argument is out of range; at ``update``, if
-        ``params`` or ``value`` is missing.
+      ValueError: if an argument is out of range, or ``params`` or ``value`` is missing.
 
     Example:
       >>> import jax, optax, sasa_optax
@@ -69,12 +56,6 @@ def slope(
       >>> state = optimizer.init(params)
       >>> loss, grads = jax.value_and_grad(lambda x: jnp.sum(x**2))(params)
       >>> updates, state = optimizer.update(grads, state, params, value=loss)
-      >>> print(optax.tree.get(state, "learning_rate"))
-      0.5
-
-    References:
-      Zhang, Lang, Liu and Xiao, `Statistical adaptive stochastic gradient methods
-      <https://arxiv.org/abs/2002.10597>`_, 2020.
     """
     controller = make_controller(
         learning_rate,

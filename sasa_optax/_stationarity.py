@@ -1,4 +1,4 @@
-"""What is decided: has the mean of the recorded statistic settled?
+"""Tests for stationarity: has the mean of the recorded statistic settled?
 
 A test is a function from `Samples` to a `TestResult`. It is called inside jit with the
 window at its full capacity, and with the number of samples in it as a traced value.
@@ -6,7 +6,7 @@ window at its full capacity, and with the number of samples in it as a traced va
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from sasa_optax import _checks, _types, _window
 from sasa_optax._conditional import cond
 from sasa_optax._student_t import student_t_cdf, student_t_quantile
-from sasa_optax._types import Numeric
+from sasa_optax._types import DType, Numeric
 
 
 class Samples(NamedTuple):
@@ -22,14 +22,14 @@ class Samples(NamedTuple):
 
     Attributes:
       values: the samples, oldest first, then zeros; shape (max_window,).
-      scales: their scales, likewise; None if the test has ``uses_scale = False``.
+      scales: their scales, likewise.
       num_samples: how many there are, shape (), int32; at least 4.
       step: the step of the newest sample, counted from 1, shape (), int32.
       num_drops: how often the rate was cut before, shape (), int32.
     """
 
     values: jax.Array
-    scales: jax.Array | None
+    scales: jax.Array
     num_samples: jax.Array
     step: jax.Array
     num_drops: jax.Array
@@ -47,9 +47,8 @@ class TestResult(NamedTuple):
       num_samples: the number of samples judged. int32.
       stationary: whether progress has stopped. bool.
 
-    All have shape (); those without a dtype here are float32, or float64 where a
-    parameter is. A test of your own may leave out ``at_step`` and ``num_samples``,
-    which the controller fills in.
+    All have shape (), and the dtype of the statistic where none is given here. A test
+    of your own may leave out ``at_step`` and ``num_samples``.
     """
 
     at_step: Numeric = 0
@@ -70,18 +69,36 @@ class TestResult(NamedTuple):
 
 
 StationarityTest = Callable[[Samples], TestResult]
-TestName = Literal["zero_mean", "equivalence", "slope"]
+TestLike = Literal["zero_mean", "equivalence", "slope"] | StationarityTest
 
 
 class MeanEstimate(NamedTuple):
-    """A mean, its standard error, and the degrees of freedom behind the latter."""
+    """A mean, its standard error, and the degrees of freedom of the latter."""
 
     mean: jax.Array
     standard_error: jax.Array
     dof: jax.Array
 
+    def half_width(self, significance: Numeric) -> jax.Array:
+        """Half the width of the interval with confidence 1 - significance."""
+        tail = jnp.asarray(significance, self.mean.dtype) / 2
+        return -student_t_quantile(tail, self.dof) * self.standard_error
 
-def _in_window(values: jax.Array, num_samples: jax.Array) -> jax.Array:
+    def two_sided_p_value(self, distance: jax.Array) -> jax.Array:
+        """P(|T| > distance / standard error); 1 where the samples do not vary."""
+        varies = self.standard_error > 0
+        t = distance / jnp.where(varies, self.standard_error, 1)
+        return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), self.dof), 1)
+
+    def result(
+        self, significance: Numeric, p_value: jax.Array, stationary: jax.Array
+    ) -> TestResult:
+        half_width = self.half_width(significance)
+        lower, upper = self.mean - half_width, self.mean + half_width
+        return TestResult(0, self.mean, lower, upper, p_value, stationary=stationary)
+
+
+def _in_window(values: jax.Array, num_samples: Numeric) -> jax.Array:
     return jnp.arange(values.size, dtype=jnp.int32) < num_samples
 
 
@@ -89,7 +106,7 @@ def _mean(values: jax.Array, stop: jax.Array, start: Numeric = 0) -> jax.Array:
     """The mean of the values from ``start`` to ``stop``."""
     # Offsets from the first value make the mean of a constant exact, so that samples
     # that do not vary are recognised.
-    mask = _in_window(values, stop) & ~_in_window(values, jnp.asarray(start))
+    mask = _in_window(values, stop) & ~_in_window(values, start)
     offsets = jnp.where(mask, values - values[0], 0)
     count = jnp.maximum(stop - start, 1).astype(values.dtype)
     return values[0] + jnp.sum(offsets) / count
@@ -102,8 +119,7 @@ def _integer_sqrt(n: jax.Array) -> jax.Array:
 
 
 def _iid(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dof = n - 1
-    return jnp.sum(centred**2) / dof.astype(centred.dtype), dof
+    return jnp.sum(centred**2) / (n - 1).astype(centred.dtype), n - 1
 
 
 def _batch_means(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,10 +144,9 @@ def _overlapping_batch_means(
     cumulative = jnp.concatenate([jnp.zeros_like(centred[:1]), jnp.cumsum(centred)])
     start = jnp.arange(centred.size, dtype=jnp.int32)
     end = jnp.minimum(start + batch, centred.size)
-    b, count = batch.astype(centred.dtype), (dof + 1).astype(centred.dtype)
+    n, b, m = (x.astype(centred.dtype) for x in (n, batch, dof))
     means = jnp.where(start <= dof, cumulative[end] - cumulative[start], 0) / b
-    n, m = n.astype(centred.dtype), dof.astype(centred.dtype)
-    return jnp.sum(means**2) * n * b / (count * m), dof
+    return jnp.sum(means**2) * n * b / ((m + 1) * m), dof
 
 
 _VARIANCES = {
@@ -142,47 +157,32 @@ _VARIANCES = {
 
 
 def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstimate:
-    """The mean of the window and its standard error, sigma / sqrt(n).
+    """The mean m of the n samples in a window, and its standard error sigma / sqrt(n).
 
     Args:
-      samples: the window; n samples with mean m.
+      samples: the window, with at least four samples.
       variance: how sigma^2 is estimated.
 
         - ``"iid"``: the sample variance, with n - 1 degrees of freedom.
-        - ``"batch_means"``: with b = floor(sqrt(n)) and K = floor(n / b) batch means
-          Y_i, b / (K - 1) * sum((Y_i - m)^2), with K - 1 degrees of freedom. Right for
-          correlated samples, as long as b exceeds the correlation time.
-        - ``"overlapping_batch_means"``: with all n - b + 1 means of length b,
-          n b / ((n - b + 1) (n - b)) * sum((Y_i - m)^2), n - b degrees of freedom.
+        - ``"batch_means"``: b / (K - 1) * sum((Y_i - m)^2) with b = floor(sqrt(n)) and
+          K = floor(n / b) batch means Y_i, and K - 1 degrees of freedom. It is right
+          for correlated samples while b exceeds the correlation time.
+        - ``"overlapping_batch_means"``: n b / ((n - b + 1) (n - b)) * sum((Y_i - m)^2)
+          with all n - b + 1 means of length b, and n - b degrees of freedom.
 
     Returns:
-      A `MeanEstimate` of scalars. With fewer than four samples, its fields are
-      finite but mean nothing.
+      A `MeanEstimate` of scalars.
 
     Raises:
       ValueError: if ``variance`` is none of these.
     """
     _checks.choice("variance", variance, _VARIANCES)
-    n = jnp.maximum(samples.num_samples, 4)
-    mask = _in_window(samples.values, n)
-    mean = _mean(samples.values, n)
-    centred = jnp.where(mask, samples.values - mean, 0)
+    values, n = samples.values, jnp.maximum(samples.num_samples, 4)
+    mean = _mean(values, n)
+    centred = jnp.where(_in_window(values, n), values - mean, 0)
     sigma_squared, dof = _VARIANCES[variance](centred, n)
-    dtype = samples.values.dtype
-    standard_error = jnp.sqrt(sigma_squared / n.astype(dtype))
-    return MeanEstimate(mean, standard_error, dof.astype(dtype))
-
-
-def _two_sided_p_value(distance: jax.Array, estimate: MeanEstimate) -> jax.Array:
-    """P(|T| > distance / standard error); 1 where the samples do not vary."""
-    varies = estimate.standard_error > 0
-    t = distance / jnp.where(varies, estimate.standard_error, 1)
-    return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), estimate.dof), 1)
-
-
-def _half_width(significance: Numeric, e: MeanEstimate) -> jax.Array:
-    tail = jnp.asarray(significance, e.mean.dtype) / 2
-    return -student_t_quantile(tail, e.dof) * e.standard_error
+    standard_error = jnp.sqrt(sigma_squared / n.astype(values.dtype))
+    return MeanEstimate(mean, standard_error, dof.astype(values.dtype))
 
 
 def _check_samples(test: Any, samples: Any) -> None:
@@ -203,12 +203,12 @@ class ZeroMeanTest:
     floor(n/2)) have the same sign. Until the first drop, the interval around the mean
     of each half must hold zero as well. ``p_value`` is that of the hypothesis that the
     mean is zero, so a stationary window has a large one. A window without any variation
-    says nothing, and is not stationary.
+    is not stationary.
 
     A short or noisy window has a wide interval, which holds zero though the mean is far
-    from it. With ``delta``, an interval counts only if it is narrow: its half-width
-    must be below delta * v, where v is the window's mean scale. The test then takes as
-    many samples as the dynamics ask for, and more after each drop.
+    from it. With ``delta``, an interval counts only if its half-width is below
+    delta * v, where v is the window's mean scale. The test then takes as many samples
+    as the dynamics ask for, and more after each drop.
 
     Attributes:
       significance: s in (0, 1); the interval's confidence is 1 - s. Default 0.05.
@@ -219,7 +219,7 @@ class ZeroMeanTest:
         docs/validity.md). Default None: any width.
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
     """
 
     significance: Numeric = 0.05
@@ -227,48 +227,31 @@ class ZeroMeanTest:
     delta: Numeric | None = None
 
     def __post_init__(self) -> None:
-        _checks.number("significance", self.significance, "(0, 1)")
+        _checks.fields(self, significance="(0, 1)", delta="(0, inf)")
         _checks.choice("variance", self.variance, _VARIANCES)
-        if self.delta is not None:
-            _checks.number("delta", self.delta, "(0, inf)")
-
-    @property
-    def uses_scale(self) -> bool:
-        return self.delta is not None
-
-    def _is_narrow(self, half_width: jax.Array, samples: Samples) -> Numeric:
-        if self.delta is None:
-            return True
-        assert samples.scales is not None
-        scale = _mean(samples.scales, samples.num_samples)
-        return half_width < jnp.asarray(self.delta, scale.dtype) * scale
 
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
-        half_width = _half_width(self.significance, estimate)
         half = samples.num_samples // 2
         older = _mean(samples.values, half)
         newer = _mean(samples.values, samples.num_samples, start=half)
-
-        means = jnp.stack([older, newer, estimate.mean])
-        p_values = _two_sided_p_value(means, estimate)
+        p_values = estimate.two_sided_p_value(jnp.stack([older, newer, estimate.mean]))
         could_be_zero = p_values >= self.significance
         zero_inside = jnp.where(
-            samples.num_drops == 0,
-            could_be_zero[0] & could_be_zero[1],
-            could_be_zero[2],
+            samples.num_drops == 0, could_be_zero[:2].all(), could_be_zero[2]
         )
-        same_sign = jnp.sign(older) == jnp.sign(newer)
-        says_something = estimate.standard_error > 0
-        says_something &= self._is_narrow(half_width, samples)
-        return TestResult(
-            mean=estimate.mean,
-            lower=estimate.mean - half_width,
-            upper=estimate.mean + half_width,
-            p_value=p_values[2],
-            stationary=zero_inside & same_sign & says_something,
-        )
+        stationary = zero_inside & (jnp.sign(older) == jnp.sign(newer))
+        stationary &= self._says_something(estimate, samples)
+        return estimate.result(self.significance, p_values[2], stationary)
+
+    def _says_something(self, estimate: MeanEstimate, samples: Samples) -> jax.Array:
+        varies = estimate.standard_error > 0
+        if self.delta is None:
+            return varies
+        scale = _mean(samples.scales, samples.num_samples)
+        bound = jnp.asarray(self.delta, scale.dtype) * scale
+        return varies & (estimate.half_width(self.significance) < bound)
 
 
 @_types.options("variance")
@@ -276,11 +259,10 @@ class EquivalenceTest:
     """The test of SASA: is the mean of the statistic negligible beside its scale?
 
     The dynamics count as stationary if the confidence interval of the window's mean
-    lies inside (-delta * v, delta * v), where v is the window's mean scale. The test
-    asks for positive evidence: a window too short or too noisy does not pass.
-    ``p_value`` is that of the hypothesis that the mean is *not* negligible, so a
-    stationary window has a small one. A window without any variation says nothing, and
-    is not stationary.
+    lies inside (-delta * v, delta * v), where v is the window's mean scale. A window
+    too short or too noisy does not pass. ``p_value`` is that of the hypothesis that the
+    mean is *not* negligible, so a stationary window has a small one. A window without
+    any variation is not stationary.
 
     Attributes:
       delta: the tolerance, in (0, inf), as a share of the gradient's noise, which is
@@ -289,35 +271,25 @@ class EquivalenceTest:
       variance: as in `ZeroMeanTest`. Default "batch_means".
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
     """
 
     delta: Numeric = 0.02
     significance: Numeric = 0.2
     variance: str = "batch_means"
-    uses_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.number("delta", self.delta, "(0, inf)")
-        _checks.number("significance", self.significance, "(0, 1)")
+        _checks.fields(self, delta="(0, inf)", significance="(0, 1)")
         _checks.choice("variance", self.variance, _VARIANCES)
 
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
-        assert samples.scales is not None
         estimate = estimate_mean(samples, self.variance)
-        half_width = _half_width(self.significance, estimate)
-        delta = jnp.asarray(self.delta, estimate.mean.dtype)
-        tolerance = delta * _mean(samples.scales, samples.num_samples)
-        margin = tolerance - jnp.abs(estimate.mean)
-        p_value = jnp.where(margin > 0, _two_sided_p_value(margin, estimate), 1)
-        return TestResult(
-            mean=estimate.mean,
-            lower=estimate.mean - half_width,
-            upper=estimate.mean + half_width,
-            p_value=p_value,
-            stationary=(p_value < self.significance) & (estimate.standard_error > 0),
-        )
+        scale = _mean(samples.scales, samples.num_samples)
+        margin = jnp.asarray(self.delta, scale.dtype) * scale - jnp.abs(estimate.mean)
+        p_value = jnp.where(margin > 0, estimate.two_sided_p_value(margin), 1)
+        stationary = (p_value < self.significance) & (estimate.standard_error > 0)
+        return estimate.result(self.significance, p_value, stationary)
 
 
 @_types.options("log_steps")
@@ -329,84 +301,65 @@ class SlopeTest:
     falling if P(T_{n-2} < t) < s; otherwise progress has stopped. ``mean``, ``lower``
     and ``upper`` are the slope per step and its interval of confidence 1 - s;
     ``p_value`` is P(T_{n-2} < t), small while the value falls. A window without any
-    variation says nothing, and is not stationary.
+    variation is not stationary.
 
     Attributes:
       significance: s in (0, 1). Default 0.05.
       log_steps: whether to regress on the logarithm of the step. Default False.
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
     """
 
     significance: Numeric = 0.05
     log_steps: bool = False
-    uses_scale: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _checks.number("significance", self.significance, "(0, 1)")
+        _checks.fields(self, significance="(0, 1)")
         _checks.boolean("log_steps", self.log_steps)
 
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
-        dtype = samples.values.dtype
-        n = jnp.maximum(samples.num_samples, 4)
-        mask = _in_window(samples.values, n)
-        x = jnp.arange(samples.values.size, dtype=jnp.int32).astype(dtype)
+        values, n = samples.values, jnp.maximum(samples.num_samples, 4)
+        dtype, mask = values.dtype, _in_window(values, n)
+        x = jnp.arange(values.size, dtype=jnp.int32).astype(dtype)
         if self.log_steps:
             # log(first + x) - log(first) keeps the digits that differ late in a run.
             first = jnp.maximum(samples.step - n + 1, 1)
             x = jnp.log1p(x / first.astype(dtype))
         x = jnp.where(mask, x - _mean(x, n), 0)
-        y = jnp.where(mask, samples.values - _mean(samples.values, n), 0)
+        y = jnp.where(mask, values - _mean(values, n), 0)
         sxx, sxy, syy = jnp.sum(x * x), jnp.sum(x * y), jnp.sum(y * y)
-        slope = sxy / sxx
-        dof = (n - 2).astype(dtype)
+        slope, dof = sxy / sxx, (n - 2).astype(dtype)
         # The smallest normal number stands for the zero residual of a perfect line.
         residual = jnp.maximum(syy - slope * sxy, jnp.finfo(dtype).tiny)
         standard_error = jnp.sqrt(residual) / jnp.sqrt(dof * sxx)
-        estimate = MeanEstimate(slope, standard_error, dof)
-        half_width = _half_width(self.significance, estimate)
         p_value = student_t_cdf(slope / standard_error, dof)
-        return TestResult(
-            mean=slope,
-            lower=slope - half_width,
-            upper=slope + half_width,
-            p_value=p_value,
-            stationary=(p_value >= self.significance) & (syy > 0),
-        )
+        stationary = (p_value >= self.significance) & (syy > 0)
+        estimate = MeanEstimate(slope, standard_error, dof)
+        return estimate.result(self.significance, p_value, stationary)
 
 
-_NAMED = {
+NAMED = {
     "zero_mean": ZeroMeanTest,
     "equivalence": EquivalenceTest,
     "slope": SlopeTest,
 }
 
 
-def as_test(test: TestName | StationarityTest) -> StationarityTest:
+def as_test(test: TestLike) -> StationarityTest:
     """The test that was named or given."""
     if callable(test):
         return test
-    _checks.choice("test", test, _NAMED, "a function from Samples to TestResult")
-    return _NAMED[test]()
+    _checks.choice("test", test, NAMED, "a function from Samples to TestResult")
+    return NAMED[test]()
 
 
-def uses_scale(test: StationarityTest) -> bool:
-    """Whether a test reads the scales. A function without that attribute gets them."""
-    return getattr(test, "uses_scale", True)
-
-
-def no_result(dtype: jax.typing.DTypeLike) -> TestResult:
+def no_result(dtype: DType) -> TestResult:
     """The newest result before the first test."""
-    floats = {name: jnp.zeros((), dtype) for name in ("mean", "lower", "upper")}
-    return TestResult(
-        at_step=jnp.zeros((), jnp.int32),
-        p_value=jnp.ones((), dtype),
-        num_samples=jnp.zeros((), jnp.int32),
-        stationary=jnp.zeros((), bool),
-        **floats,
-    )
+    zero = jnp.zeros((), jnp.int32)
+    floats = [jnp.asarray(x, dtype) for x in (0, 0, 0, 1)]
+    return TestResult._make([zero, *floats, jnp.copy(zero), jnp.zeros((), bool)])
 
 
 def judge(
@@ -418,23 +371,21 @@ def judge(
 ) -> TestResult:
     """What the test says of the newest ``num_samples``, in the dtypes of the state."""
     rows = _window.contents(window, num_samples)
-    scales = rows[1] if len(rows) == 2 else None
-    result = test(Samples(rows[0], scales, num_samples, step, num_drops))
+    # Losses have no scale. The test that judges them reads none.
+    result = test(Samples(rows[0], rows[-1], num_samples, step, num_drops))
     if not isinstance(result, TestResult):
         raise TypeError(f"test must return a TestResult, got {result!r} from {test!r}.")
-    floats = {
-        name: _checks.scalar(f"TestResult.{name}", getattr(result, name), rows.dtype)
-        for name in ("mean", "lower", "upper", "p_value")
-    }
-    # A result that is not finite says nothing, and is kept out of the state.
-    is_finite = jnp.all(jnp.isfinite(jnp.stack(list(floats.values()))))
-    stationary = _checks.scalar("TestResult.stationary", result.stationary, bool)
-    return TestResult(
-        at_step=step,
-        num_samples=num_samples,
-        stationary=is_finite & stationary,
-        **{name: jnp.nan_to_num(x) for name, x in floats.items()},
+    numbers = jnp.stack(
+        [
+            _checks.scalar(f"TestResult.{name}", getattr(result, name), rows.dtype)
+            for name in ("mean", "lower", "upper", "p_value")
+        ]
     )
+    # A result that is not finite says nothing, and is kept out of the state.
+    stationary = _checks.scalar("TestResult.stationary", result.stationary, bool)
+    stationary &= jnp.all(jnp.isfinite(numbers))
+    floats = jnp.nan_to_num(numbers)
+    return TestResult._make([step, *floats, num_samples, stationary])
 
 
 def judge_if(is_due: jax.Array, last: TestResult, *arguments: Any) -> TestResult:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax._types import AxisName, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
-Pairs = Sequence[tuple[optax.Params, optax.Params]]
+Pair = tuple[optax.Params, optax.Params]
+Pairs = Sequence[Pair]
 
 
 def statistic_dtype(params: optax.Params) -> jnp.dtype:
@@ -53,7 +54,7 @@ def subtract(x: optax.Params, y: optax.Params) -> optax.Params:
     return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype) - y, x, y)
 
 
-def _leaf_product(x: Numeric, y: Numeric, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _leaf_product(x: Numeric, y: Numeric, dtype: DType) -> jax.Array:
     """A product and a sum, since accelerators truncate the operands of a dot."""
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(y):
         real = _leaf_product(jnp.real(x), jnp.real(y), dtype)
@@ -61,7 +62,7 @@ def _leaf_product(x: Numeric, y: Numeric, dtype: jax.typing.DTypeLike) -> jax.Ar
     return jnp.sum(jnp.asarray(x).astype(dtype) * jnp.asarray(y).astype(dtype))
 
 
-def leaf_products(pairs: Pairs, dtype: jax.typing.DTypeLike) -> list[list[jax.Array]]:
+def leaf_products(pairs: Pairs, dtype: DType) -> list[list[jax.Array]]:
     """The real part of <x, y> for each leaf: a row for each pair of trees."""
     return [
         jax.tree.leaves(jax.tree.map(lambda x, y: _leaf_product(x, y, dtype), *pair))
@@ -72,9 +73,9 @@ def leaf_products(pairs: Pairs, dtype: jax.typing.DTypeLike) -> list[list[jax.Ar
 def sum_over(
     axis_name: AxisName, rows: Sequence[Sequence[jax.Array]]
 ) -> list[list[jax.Array]]:
-    """Scalars summed over mesh axes where they are parts of a sum, in one collective.
+    """Sums scalars over the mesh axes over which they are partial sums.
 
-    There is one collective for all scalars that vary over the same axes.
+    All scalars that vary over the same axes share one collective.
     """
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     summed = [list(row) for row in rows]
@@ -90,16 +91,17 @@ def sum_over(
     return summed
 
 
-def total(row: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+def total(row: Sequence[jax.Array], dtype: DType) -> jax.Array:
     return sum(row, jnp.zeros((), dtype))
 
 
 def inner_products(
-    pairs: Pairs, dtype: jax.typing.DTypeLike, axis_name: AxisName = None
+    pairs: Pairs, dtype: DType, axis_name: AxisName = None
 ) -> list[jax.Array]:
     """The real parts of <x, y> over whole trees, scalars of ``dtype``.
 
-    Over the axes ``axis_name``, across which the trees are sharded, they are summed.
+    They are summed over the mesh axes ``axis_name``, across which the trees are
+    sharded.
     """
     rows = sum_over(axis_name, leaf_products(pairs, dtype))
     return [total(row, dtype) for row in rows]
@@ -116,13 +118,13 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     aval: Any = x.aval
     if hasattr(aval, "manual_axis_type"):
         return aval.manual_axis_type.varying
-    # Its place before JAX 0.10; JAX 0.5 has none.
+    # This is its name before JAX 0.10. JAX 0.5 has none.
     return getattr(aval, "vma", frozenset())
 
 
 def _axes_of(x: jax.Array, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``axes`` over which ``x`` is a part of a sum."""
-    # Where JAX does not track what varies, everything is taken to vary.
+    """The mesh axes among ``axes`` over which ``x`` is a partial sum."""
+    # Where JAX does not track what varies, assume that everything does.
     is_known = all(axis in _varying_axes(jax.lax.axis_index(axis)) for axis in axes)
     if not is_known:
         return axes

@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 import optax
 
-Numeric = jax.typing.ArrayLike
+# The real part of `jax.typing.ArrayLike`; Python takes an int or a bool for a float.
+Numeric = jax.Array | np.ndarray | np.bool_ | np.integer | np.floating | float
+DType = jax.typing.DTypeLike
 AxisName = str | tuple[str, ...] | None
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -15,21 +18,21 @@ _Options = TypeVar("_Options")
 
 
 def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> Optimizer:
-    """The pair as optax takes it, whose types know no state but a tree of arrays."""
+    """An optimizer. Optax types the states of its functions as trees of arrays."""
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 @dataclass_transform(frozen_default=True)
 def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are its fields.
+    """Makes a class a frozen dataclass and a pytree whose leaves are its fields.
 
-    Numbers in the fields may then be traced, so that `jax.vmap` maps over them. The
-    fields named by ``static`` belong to the structure of the tree.
+    Numbers in the fields may then be traced, so `jax.vmap` maps over them. The fields
+    named by ``static`` belong to the structure of the tree.
     """
 
     def decorate(cls: type[_Options]) -> type[_Options]:
         made: Any = dataclasses.dataclass(frozen=True)(cls)
-        names = list(made.__dataclass_fields__)
+        names = [field.name for field in dataclasses.fields(made)]
         traced = [name for name in names if name not in static]
 
         def flatten(options: Any) -> tuple[list[Any], tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""What is kept: of all samples since the last drop, the newest part."""
+"""The window of samples: the newest part of those since the last drop."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _epochs, _types
-from sasa_optax._types import Numeric
+from sasa_optax._types import DType, Numeric
 
 
 @_types.options("max_window", "scale_min_samples")
@@ -22,22 +22,21 @@ class Window:
       leak_ratio: the window keeps the newest 1/leak_ratio of the samples, an integer of
         at least 1. Default 8.
       min_samples: no test runs before the window keeps more samples than this, an
-        integer of at least 4. Default None: 1000, or one epoch of ``steps_per_epoch``,
-        but at least 100 (fewer samples say nothing) and at most 1000.
+        integer of at least 4. Default None: 1000, or one epoch of ``steps_per_epoch``
+        between 100 (fewer samples say nothing) and 1000.
       test_interval: the number of steps between tests, an integer of at least 1.
         Default None: 100, or one epoch within the same limits.
       warmup_steps: the rate does not drop in this many first steps, an integer of at
         least 0. Default 0.
-      max_window: the capacity, an integer greater than ``min_samples``. A sample takes
-        4 bytes, or 8 where the test reads the scale too, and twice that in float64.
-        Default 16384.
+      max_window: the capacity, an integer greater than ``min_samples``. A sample and
+        its scale take 8 bytes, or 16 in float64. Default 16384.
       scale_min_samples: after each drop ``min_samples`` grows by 1/factor, up to what
         ``max_window`` can hold: at a rate ten times smaller, the dynamics need ten
         times the steps to become stationary. This keeps the rate of a long run from
-        going to nothing. Default False, as in the papers.
+        vanishing. Default False, as in the papers.
 
     Raises:
-      ValueError: at construction, if a field is out of range.
+      ValueError: if a field is out of range.
 
     Example:
       >>> import sasa_optax
@@ -53,24 +52,21 @@ class Window:
     scale_min_samples: bool = False
 
     def __post_init__(self) -> None:
-        _checks.integer("leak_ratio", self.leak_ratio, 1)
-        _checks.integer("warmup_steps", self.warmup_steps, 0)
-        _checks.static_integer("max_window", self.max_window, 5)
+        _checks.fields(
+            self, leak_ratio=1, min_samples=4, test_interval=1, warmup_steps=0
+        )
+        most = _checks.static_integer("max_window", self.max_window, 5)
         _checks.boolean("scale_min_samples", self.scale_min_samples)
-        if self.test_interval is not None:
-            _checks.integer("test_interval", self.test_interval, 1)
         if self.min_samples is not None:
-            _checks.integer("min_samples", self.min_samples, 4)
-            names = "max_window", self.max_window, "min_samples", self.min_samples
-            _checks.exceeds(*names)
+            _checks.exceeds("max_window", most, "min_samples", self.min_samples)
 
     def resolved(self, steps_per_epoch: int | None) -> "Window":
         """The window with its defaults filled in."""
         defaults = _epochs.defaults(steps_per_epoch)
-        names = ("min_samples", "test_interval")
-        missing = [name for name in names if getattr(self, name) is None]
-        filled = {name: getattr(defaults, name) for name in missing}
-        return dataclasses.replace(self, **filled)
+        given = self.min_samples, self.test_interval
+        least = defaults.min_samples if given[0] is None else given[0]
+        every = defaults.test_interval if given[1] is None else given[1]
+        return dataclasses.replace(self, min_samples=least, test_interval=every)
 
     def samples_needed(self, num_drops: jax.Array, factor: Numeric) -> jax.Array:
         """A test needs more samples than this, and never more than fit."""
@@ -82,7 +78,7 @@ class Window:
         return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
 
     def num_kept(self, state: "WindowState") -> jax.Array:
-        # The ceiling is written such that it cannot overflow.
+        # Written so that the ceiling cannot overflow.
         leaked = -(-state.total // jnp.asarray(self.leak_ratio, jnp.int32))
         return jnp.minimum(leaked, state.buffer.shape[1])
 
@@ -111,7 +107,7 @@ class WindowState(NamedTuple):
     total: jax.Array
 
 
-def empty(width: int, capacity: int, dtype: jax.typing.DTypeLike) -> WindowState:
+def empty(width: int, capacity: int, dtype: DType) -> WindowState:
     buffer = jnp.zeros((width, capacity), dtype)
     return WindowState(buffer, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -145,7 +141,7 @@ def _resized(state: WindowState, capacity: int) -> WindowState:
     num_stored = jnp.minimum(state.total, min(old, capacity))
     newest = contents(state, num_stored)[:, :capacity]
     buffer = jnp.pad(newest, ((0, 0), (0, max(0, capacity - old))))
-    # Of a window that was full, no more may count than was stored.
+    # A full window has lost samples, which must not count in a larger one.
     is_larger = capacity > old
     total = jnp.minimum(state.total, old) if is_larger else jnp.copy(state.total)
     return WindowState(buffer, head=num_stored % capacity, total=total)
@@ -154,9 +150,8 @@ def _resized(state: WindowState, capacity: int) -> WindowState:
 def resize_window(opt_state: Any, max_window: int) -> Any:
     """Fits a saved state to an optimizer with another ``max_window``.
 
-    The newest samples are kept, as many as fit. If the old window had overflowed and
-    the new one is larger, the lost samples do not come back: the samples that are left
-    count as all there were since the drop, and ``leak_ratio`` keeps a part of them.
+    The newest samples are kept, as many as fit. Samples that an old, smaller window has
+    lost do not come back: what it still holds counts as all there were since the drop.
 
     Args:
       opt_state: the optimizer's state, however nested, with any number of windows.
@@ -183,13 +178,12 @@ def resize_window(opt_state: Any, max_window: int) -> Any:
     def is_window(node: Any) -> bool:
         return isinstance(node, WindowState)
 
+    def resize(node: Any) -> Any:
+        return _resized(node, capacity) if is_window(node) else node
+
     if not any(map(is_window, jax.tree.leaves(opt_state, is_leaf=is_window))):
         raise ValueError(
             f"opt_state must be the state of an optimizer with a window, got "
             f"{jax.tree.structure(opt_state)}."
         )
-    return jax.tree.map(
-        lambda node: _resized(node, capacity) if is_window(node) else node,
-        opt_state,
-        is_leaf=is_window,
-    )
+    return jax.tree.map(resize, opt_state, is_leaf=is_window)

@@ -1,16 +1,13 @@
-"""The theory of benchmarks/calibration.py against algebra and against the library."""
+"""The theory of `benchmarks.validity.calibration` against algebra and the library."""
 
-import importlib
-from types import ModuleType
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-
-@pytest.fixture(scope="module")
-def calibration() -> ModuleType:
-    return importlib.import_module("calibration")
+from benchmarks import publishing
+from benchmarks.validity import calibration
 
 
 # 50 = 7 * 7 + 1 leaves a value that no batch contains.
@@ -18,7 +15,7 @@ def calibration() -> ModuleType:
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("variance", ["iid", "batch_means", "overlapping_batch_means"])
 def test_expected_variance_is_that_of_the_covariance_matrix(
-    calibration: ModuleType, variance: str, phi: float, n: int
+    variance: str, phi: float, n: int
 ) -> None:
     index = np.arange(n)
     covariance = phi ** np.abs(index[:, None] - index) / (1 - phi**2)
@@ -32,17 +29,13 @@ def test_expected_variance_is_that_of_the_covariance_matrix(
 
 @pytest.mark.parametrize("n", [100, 400])
 @pytest.mark.parametrize("variance", ["iid", "batch_means"])
-def test_theory_is_exact_for_independent_values(
-    calibration: ModuleType, variance: str, n: int
-) -> None:
+def test_theory_is_exact_for_independent_values(variance: str, n: int) -> None:
     coverage = calibration.theoretical_coverage(variance, 0.0, n)
     np.testing.assert_allclose(coverage, 0.95, rtol=1e-10)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5])
-def test_measured_coverage_is_what_theory_says(
-    calibration: ModuleType, phi: float
-) -> None:
+def test_measured_coverage_is_what_theory_says(phi: float) -> None:
     n, streams = 400, 2000
     measured = calibration.measured_coverage(jax.random.key(0), phi, n, streams)
     batch_means = measured[calibration.VARIANCES.index("batch_means")]
@@ -51,8 +44,34 @@ def test_measured_coverage_is_what_theory_says(
     assert abs(batch_means - theory) <= 3.5 * error
 
 
-def test_the_table_alone_is_replaced(calibration: ModuleType) -> None:
-    page = f"before\n{calibration.START}\nold\n{calibration.END}\nafter\n"
-    new = calibration.replace_table(page, "new")
-    assert new == page.replace("old", "\nnew\n")
-    assert calibration.replace_table(new, "new") == new
+def test_only_the_named_parts_are_replaced(tmp_path: Path) -> None:
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter\n<!-- b -->old<!-- /b -->\n"
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    for _ in range(2):
+        publishing.write(page, {"a": "new φ"})
+        new = text.replace("\nold\n", "\n\nnew φ\n\n")
+        assert page.read_text(encoding="utf-8") == new
+    with pytest.raises(SystemExit, match="lacks the markers <!-- c -->"):
+        publishing.write(page, {"c": "new"})
+
+
+def test_a_row_replaces_that_of_the_same_place() -> None:
+    rows = [{"name": "a", "x": 1}, {"name": "b", "x": 2}]
+    merged = publishing.merged(rows, {"name": "a", "x": 3}, lambda row: row["name"])
+    assert merged == [{"name": "a", "x": 3}, {"name": "b", "x": 2}]
+
+
+def test_a_table_is_what_markdown_takes_for_one() -> None:
+    table = publishing.markdown(["name", "x"], [["a", 1], ["b", 2.5]])
+    lines = ["| name | x |", "| --- | --: |", "| a | 1 |", "| b | 2.5 |"]
+    assert table.splitlines() == lines
+
+
+def test_provenance_has_the_versions_that_run() -> None:
+    made = publishing.provenance()
+    assert made["jax"] == jax.__version__
+    assert made["numpy"] == np.__version__
+    sentence = publishing.made_by("make it", made | {"device": "cpu", "cores": 2})
+    assert sentence.startswith("Made by `make it` on a 2-core ")
+    assert f" CPU, JAX {jax.__version__}, " in sentence

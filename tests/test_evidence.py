@@ -8,24 +8,35 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import contenders
-import evidence_report
-import evidence_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tasks
 from flax import nnx
 
-_BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+from benchmarks.evidence import (
+    __main__,
+    contenders,
+    outcomes,
+    streams,
+    tables,
+    training,
+    tuning,
+)
+from benchmarks.evidence.images import Convolution, shuffled_rows
+from benchmarks.evidence.runs import Key, load
+from benchmarks.evidence.tasks import QUICK, task_named
+from benchmarks.publishing import RESULTS
+from examples import elbo
+
+_ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_the_expected_elbo_is_the_evidence_less_the_gap() -> None:
-    task = tasks.negative_elbo()
-    problem = tasks.elbo.draw_problem(0)
-    rows, noise = problem.features.astype(np.float64), tasks.elbo.NOISE
+    task = streams.negative_elbo()
+    problem = elbo.draw_problem(0)
+    rows, noise = problem.features.astype(np.float64), elbo.NOISE
     covariance = noise**2 * np.eye(len(rows)) + rows @ rows.T
     # Of the targets, without the posterior.
     quadratic = problem.targets @ np.linalg.solve(covariance, problem.targets)
@@ -37,7 +48,7 @@ def test_the_expected_elbo_is_the_evidence_less_the_gap() -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [tasks.least_squares, tasks.factorization])
+@pytest.mark.parametrize("make", [streams.least_squares, streams.factorization])
 def test_the_expected_loss_is_the_mean_of_those_of_mini_batches(make: Any) -> None:
     task = make()
     params, rest = task.init(0)
@@ -49,7 +60,7 @@ def test_the_expected_loss_is_the_mean_of_those_of_mini_batches(make: Any) -> No
 
 
 def test_factorization_is_best_with_the_largest_singular_values() -> None:
-    task = tasks.factorization()
+    task = streams.factorization()
     left, values, right = np.linalg.svd(np.asarray(task.data, np.float64))
     params = {"left": left[:, :5] * values[:5], "right": right[:5].T}
     best = 20 * np.sum(values[5:] ** 2) / task.data.size
@@ -67,7 +78,7 @@ def test_factorization_is_best_with_the_largest_singular_values() -> None:
 def test_a_convolution_is_one(
     size: int, inputs: int, outputs: int, kernel: int, stride: int
 ) -> None:
-    convolution = tasks.Convolution(inputs, outputs, kernel, stride, nnx.Rngs(0))
+    convolution = Convolution(inputs, outputs, kernel, stride, nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (2, size, size, inputs))
     weights = convolution.kernel.kernel[...].reshape(kernel, kernel, inputs, outputs)
     expected = jax.lax.conv_general_dilated(
@@ -81,7 +92,7 @@ def test_a_convolution_is_one(
 
 
 def test_an_epoch_is_each_row_once() -> None:
-    rows = tasks.shuffled_rows(jax.random.key(0), 23, 5, 3)
+    rows = shuffled_rows(jax.random.key(0), 23, 5, 3)
     assert rows.shape == (12, 5)
     for epoch in np.asarray(rows).reshape(3, 20):
         assert len(set(epoch)) == 20
@@ -92,7 +103,7 @@ def test_the_average_of_dog_has_polynomial_weights() -> None:
     iterates = np.random.default_rng(0).normal(size=6)
     average = jnp.float32(7.0)
     for k, x in enumerate(iterates):
-        average = evidence_runs.averaged(average, x, jnp.int32(k))
+        average = training.averaged(average, x, jnp.int32(k))
     weights = [math.comb(k + 8, 8) for k in range(6)]
     np.testing.assert_allclose(average, np.average(iterates, weights=weights), 1e-5)
 
@@ -120,59 +131,66 @@ class _Runs:
 def test_the_grid_goes_on_while_its_best_is_at_an_end(
     best: float, made: list[float]
 ) -> None:
-    runs = _Runs(best, (0.03, 0.1, 0.3))
-    assert evidence_runs.tune(runs, 0, 4, 2) == best
+    runs: Any = _Runs(best, (0.03, 0.1, 0.3))
+    assert tuning.tune(runs, 0, 4, 2) == best
     assert runs.made == made
 
 
 def test_the_grid_goes_on_to_its_limit_and_not_at_all_where_everything_diverged() -> (
     None
 ):
-    assert evidence_runs.tune(_Runs(1e9, (0.1, 0.3)), 0, 2, 2) == 100.0
-    assert evidence_runs.tune(runs := _Runs(1.0, (0.1, 0.3)), 0, 4, 4) == 0.1
+    runs: Any = _Runs(1e9, (0.1, 0.3))
+    assert tuning.tune(runs, 0, 2, 2) == 100.0
+    runs = _Runs(1.0, (0.1, 0.3))
+    assert tuning.tune(runs, 0, 4, 4) == 0.1
     assert runs.made == [0.1, 0.3]
 
 
 def test_a_method_may_have_arguments_of_its_own() -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     setting = contenders.Setting(jnp.float32(1.0), 100, task)
-    method = contenders.method_named("sasa-plus(factor=0.5, learning_rate=0.3)")
+    name = "sasa-plus(window=Window(leak_ratio=4), learning_rate=0.3)"
+    method = contenders.method_named(name)
     assert method.rates == (0.3,)
+    method.make(setting)
     with pytest.raises(ValueError, match="factor"):
         contenders.method_named("sasa-plus(factor=2)").make(setting)
     with pytest.raises(SystemExit, match="'sasaplus'"):
         contenders.method_named("sasaplus(factor=2)")
 
 
+def test_every_stored_run_is_of_a_method_that_can_be_made() -> None:
+    setting = contenders.Setting(jnp.float32(1.0), 100, task_named(QUICK))
+    for name in {key.method for key in load(RESULTS / "evidence.jsonl")}:
+        contenders.method_named(name).make(setting)
+
+
 @pytest.mark.parametrize("name", list(contenders.METHODS))
 def test_every_method_makes_an_optimizer_that_steps(name: str) -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     params, rest = task.init(0)
     method = contenders.METHODS[name]
 
     def shapes() -> Any:
-        make = evidence_runs.run_fn(task, method, 360)
+        make = training.run_fn(task, method, 360)
         arguments = (jnp.float32(0.1), jax.random.key(0), params, rest, task.data)
         return jax.eval_shape(make, *arguments)
 
     assert {x.shape for x in shapes().values()} == {(2,)}
 
 
-def _row(method: str, rate: float, seed: int, test: list[float], **more: Any) -> Any:
+def _row(method: str, rate: float, seed: int, test: list[Any], **more: Any) -> Any:
     curve = dict.fromkeys(("train", "validation", "test", "rates"), test)
     row = {"task": "quick", "method": method, "rate": rate, "seed": seed, "steps": 360}
     return row | curve | {"seconds": 1.0, "drops": [0, 1]} | more
 
 
 def _rows(*rows: Any) -> Any:
-    return {
-        evidence_runs.Key(*(row[field] for field in evidence_runs.Key._fields)): row
-        for row in rows
-    }
+    return {Key(*(row[field] for field in Key._fields)): row for row in rows}
 
 
 def test_gaps_are_from_the_best_tuned_baseline_at_the_rate_that_was_chosen() -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     rows = _rows(
         # Chosen by the validation data, though 1.0 is better on the test's.
         _row("sgd-cosine", 0.3, 0, [9.0, 4.0], validation=[9.0, 3.0]),
@@ -184,7 +202,7 @@ def test_gaps_are_from_the_best_tuned_baseline_at_the_rate_that_was_chosen() -> 
         _row("sasa", 1.0, 0, [9.0, 8.0]),
         _row("slope", 1.0, 0, [9.0, None]),
     )
-    lines = evidence_report.gaps_table(rows, [task]).splitlines()
+    lines = tables.gaps_table(rows, [task]).splitlines()
     cells = {line.split(" | ")[0].strip("|* "): line.split(" | ") for line in lines}
     assert cells["best tuned"][1] == "4.5 (sgd-cosine)"
     assert cells["salsa"][1:] == ["**+0.25**", "1 of 1", "1.0 |"]
@@ -216,9 +234,9 @@ def _anytime_rows() -> Any:
 
 
 def test_a_moment_is_compared_with_the_cosine_tuned_for_it() -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     assert task.parts == (180, 180, 360)
-    table = evidence_report.anytime_table(_anytime_rows(), [task])
+    table = tables.anytime_table(_anytime_rows(), [task])
     heads, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     column = {head.strip("*"): i for i, head in enumerate(heads)}
     by_name = {line[0]: line for line in lines}
@@ -234,62 +252,66 @@ def test_a_moment_is_compared_with_the_cosine_tuned_for_it() -> None:
 
 
 def test_a_method_that_was_not_run_is_counted_nowhere() -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     rows = {
         key: row
         for key, row in _anytime_rows().items()
         if key.method in (*contenders.COSINES, "adamw-progress")
     }
-    assert evidence_report.has_anytime(rows, task)
-    lines = evidence_report.anytime_table(rows, [task]).splitlines()
+    assert outcomes.has_anytime(rows, task)
+    lines = tables.anytime_table(rows, [task]).splitlines()
     within = next(line for line in lines if line.startswith("| within"))
     assert within.split(" | ")[2:5] == ["2 of 3", "-", "-"]
 
 
 def test_variants_stand_below_what_they_are_variants_of() -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     rows = _rows(
         _row("sgd-cosine", 1.0, 0, [9.0, 4.0]),
-        _row("salsa(factor=0.5)", 1e-3, 0, [9.0, 5.0]),
+        _row("salsa(window=Window(leak_ratio=4))", 1e-3, 0, [9.0, 5.0]),
         _row("salsa", 1e-3, 0, [9.0, 4.0]),
         _row("salsa-equivalence", 1e-3, 0, [9.0, 6.0]),
     )
-    lines = evidence_report.variants_table(rows, [task]).splitlines()[2:]
-    assert lines == ["| `salsa` | **+0.00** |", "| `salsa(factor=0.5)` | +1.00 |"]
+    lines = tables.variants_table(rows, [task]).splitlines()[2:]
+    assert lines == [
+        "| `salsa` | **+0.00** |",
+        "| `salsa(window=Window(leak_ratio=4))` | +1.00 |",
+    ]
 
 
 def test_equals_share_their_rank() -> None:
-    found = {
+    found: Any = {
         name: SimpleNamespace(mean=mean)
         for name, mean in [("salsa", 1.0), ("sasa", 2.0), ("slope", 2.0)]
     }
-    ranks = evidence_report.ranks(found | {"sgd-steps": SimpleNamespace(mean=0.0)})
+    ranks = outcomes.ranks(found | {"sgd-steps": SimpleNamespace(mean=0.0)})
     assert ranks == {"salsa": 1, "sasa": 2.5, "slope": 2.5}
 
 
 def test_publishing_renews_the_tables_and_leaves_the_text(tmp_path: Any) -> None:
-    task = evidence_runs.task_named(evidence_runs.QUICK)
+    task = task_named(QUICK)
     rows = _anytime_rows()
     page = tmp_path / "evidence.md"
     names = ("gaps", "budgets", "variants", "tasks", "anytime")
     text = "".join(f"{name}:\n<!-- {name} -->old<!-- /{name} -->\n" for name in names)
     page.write_text(text + "the end\n")
+    (tmp_path / "images").mkdir()
     for _ in range(2):
-        evidence_report.publish(rows, [task], page, tmp_path)
+        __main__.publish(rows, [task], page)
     published = page.read_text()
     assert "old" not in published
     assert published.endswith("the end\n")
     assert published.count("| best tuned | 3.5 (adamw-cosine)") == 1
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("images/*.png"))) == 3
 
 
 @pytest.mark.example
 def test_the_quick_run_is_resumed(tmp_path: Any) -> None:
     results = tmp_path / "evidence.jsonl"
-    command = [sys.executable, _BENCHMARKS / "evidence.py", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.evidence", "--quick", "--results"]
 
     def run() -> list[Any]:
-        subprocess.run([*command, "--results", results], check=True, timeout=500)
+        subprocess.run([*command, results], check=True, timeout=500, cwd=_ROOT)
         return [json.loads(line) for line in results.read_text().splitlines()]
 
     rows = run()

@@ -1,6 +1,7 @@
 """metrics and History: what is logged, exported and drawn."""
 
 import csv
+import functools
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ _KEYS = {
     "learning_rate",
     "scale",
     "num_drops",
+    "last_drop",
     "num_nonfinite",
     "test_step",
     "test_mean",
@@ -40,16 +42,30 @@ def _eager(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
     return sasa_optax.TestResult(mean=0.5, lower=-1.0, upper=2.0, stationary=True)
 
 
-def _train(record_every: int, num_steps: int = 60) -> sasa_optax.History:
-    optimizer = sasa_optax.sasa_plus(
-        1.0, test=_eager, min_samples=10, leak_ratio=2, test_interval=5, max_window=16
+_NUM_STEPS = 60
+
+
+@functools.cache
+def _metrics_of_training() -> list[dict[str, jax.Array]]:
+    """The metrics after each step of a run of SASA+."""
+    window = sasa_optax.Window(
+        min_samples=10, leak_ratio=2, test_interval=5, max_window=16
     )
-    state, history = optimizer.init(_PARAMS), sasa_optax.History()
+    optimizer = sasa_optax.sasa_plus(1.0, test=_eager, window=window)
+    state, metrics = optimizer.init(_PARAMS), []
     update = jax.jit(optimizer.update)
-    for step in range(1, num_steps + 1):
+    for _ in range(_NUM_STEPS):
         _, state = update(_PARAMS, state, _PARAMS)
+        metrics.append(sasa_optax.metrics(state))
+    return metrics
+
+
+def _train(record_every: int, num_steps: int = _NUM_STEPS) -> sasa_optax.History:
+    """The record of the first steps of that run, with losses."""
+    history = sasa_optax.History()
+    for step, metrics in enumerate(_metrics_of_training()[:num_steps], 1):
         if step % record_every == 0:
-            history.record(sasa_optax.metrics(state), loss=1.0 / step)
+            history.record(metrics, loss=1.0 / step)
     return history
 
 
@@ -111,8 +127,10 @@ def test_metrics_without_a_controller_say_so() -> None:
 @pytest.mark.parametrize("record_every", [1, 3, 10])
 def test_every_drop_is_caught_with_the_test_that_made_it(record_every: int) -> None:
     history = _train(record_every)
-    # More than 10 samples kept: 21 since the last drop; at a multiple of 5.
+    # A test needs more than 10 kept samples, 21 since the last drop, and runs at each
+    # multiple of 5.
     assert [drop.step for drop in history.drops] == [25, 50]
+    assert history.rows[-1]["last_drop"] == 50
     for drop, old_rate in zip(history.drops, (1.0, 0.1), strict=True):
         assert drop.test == sasa_optax.TestResult(
             drop.step, 0.5, -1.0, 2.0, 1.0, 13, True
@@ -131,9 +149,10 @@ def test_a_drop_explains_itself() -> None:
 
 
 def test_record_returns_the_drop_once() -> None:
-    optimizer = sasa_optax.scale_by_sasa_plus(
-        1.0, test=_eager, min_samples=4, leak_ratio=1, test_interval=1, max_window=5
+    window = sasa_optax.Window(
+        min_samples=4, leak_ratio=1, test_interval=1, max_window=5
     )
+    optimizer = sasa_optax.scale_by_sasa_plus(1.0, test=_eager, window=window)
     state, history, returned = optimizer.init(_PARAMS), sasa_optax.History(), []
     for _ in range(6):
         _, state = optimizer.update(_PARAMS, state, _PARAMS)
@@ -145,7 +164,7 @@ def test_a_test_that_was_missed_is_not_made_up() -> None:
     history, whole = sasa_optax.History(), _train(1)
     history.record(whole.rows[0])
     drop = history.record(whole.rows[54])
-    assert drop is not None
+    assert isinstance(drop, sasa_optax.Drop)
     assert drop.test is None
     assert str(drop).startswith("by step 55: learning rate 1 -> 0.01. The")
 
@@ -194,11 +213,14 @@ def test_jsonl_comes_back_with_its_drops(tmp_path: Any) -> None:
     assert math.isnan(restored.rows[-1]["loss"])
 
 
+def _panels(history: sasa_optax.History, path: Any = None) -> list[Any]:
+    return [*history.plot(path).axes]
+
+
 def test_the_picture_shows_loss_rate_and_tests(tmp_path: Any) -> None:
     history = _train(5)
-    figure = history.plot(tmp_path / "run.png")
+    loss, rate, tests = _panels(history, tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    loss, rate, tests = figure.axes
     assert rate.get_yscale() == "log"
     # The rate as drawn is vertical at each drop, and flat between them.
     steps, rates = rate.lines[0].get_data()
@@ -228,26 +250,29 @@ def test_the_picture_needs_rows_and_matplotlib(monkeypatch: Any) -> None:
         _train(5, num_steps=5).plot()
 
 
-def _salsa_run(
-    falls: Callable[[int], bool], record_every: int, num_steps: int = 60
-) -> sasa_optax.History:
-    """Losses that fall while ``falls`` says so, and a test that fires at step 40."""
-    optimizer = sasa_optax.salsa(
-        test=_eager, min_samples=5, leak_ratio=1, test_interval=40, max_window=64
-    )
+_SALSA = sasa_optax.salsa(
+    test=_eager,
+    window=sasa_optax.Window(
+        min_samples=5, leak_ratio=1, test_interval=40, max_window=64
+    ),
+)
+
+
+@jax.jit
+def _salsa_step(state: Any, loss: jax.Array) -> Any:
+    """The state after a step with this loss. Every trial is accepted."""
+    return _SALSA.update(
+        _PARAMS, state, _PARAMS, value=loss, value_fn=lambda params: loss - 1.0
+    )[1]
+
+
+def _salsa_run(falls: Callable[[int], bool], record_every: int) -> sasa_optax.History:
+    """A run whose losses fall where ``falls`` says so. Its test fires at step 40."""
     history = sasa_optax.History()
-    state = optimizer.init(_PARAMS)
-
-    @jax.jit
-    def update(state: Any, loss: jax.Array) -> Any:
-        return optimizer.update(
-            _PARAMS, state, _PARAMS, value=loss, value_fn=lambda params: loss - 1.0
-        )[1]
-
-    loss = 1.0
-    for step in range(1, num_steps + 1):
+    state, loss = _SALSA.init(_PARAMS), 1.0
+    for step in range(1, _NUM_STEPS + 1):
         loss = loss - 0.01 if falls(step) else loss + 0.1
-        state = update(state, jnp.asarray(loss + 0.001 * (-1) ** step))
+        state = _salsa_step(state, jnp.asarray(loss + 0.001 * (-1) ** step))
         if step % record_every == 0:
             history.record(sasa_optax.metrics(state), loss=loss)
     return history
@@ -295,7 +320,7 @@ def test_history_returns_what_happened() -> None:
     assert history.record(ended) is history.switch
     assert history.switch is not None
     assert history.switch.step == 8
-    # A restored run goes on from before.
+    # A restored run continues from an earlier step.
     assert history.record({**metrics, "step": 5}) is None
     assert history.switch is None
 
@@ -303,9 +328,8 @@ def test_history_returns_what_happened() -> None:
 @pytest.mark.parametrize("record_every", [1, 8])
 def test_a_search_is_shaded_up_to_its_end(record_every: int, tmp_path: Any) -> None:
     history = _salsa_run(lambda step: step < 20, record_every)
-    figure = history.plot(tmp_path / "salsa.png")
     assert history.switch is not None
-    for ax in figure.axes:
+    for ax in _panels(history, tmp_path / "salsa.png"):
         spans = [p for p in ax.patches if p.get_alpha() == 0.08]
         assert [span.get_x() + span.get_width() for span in spans] == [
             history.switch.step

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import optax
 import pytest
+from states import part_of
 
 import sasa_optax
 from sasa_optax._history import Cut
@@ -37,14 +38,20 @@ _EXPECTED = {
 
 
 def _measured(step: int, progress: float) -> sasa_optax.ProgressState:
-    state = sasa_optax.measure_progress().init(_PARAMS)
+    initial = sasa_optax.measure_progress().init(_PARAMS)
+    state = part_of(initial, sasa_optax.ProgressState)
     average = state.average._replace(num_averaged=jnp.asarray(step, jnp.int32))
     return state._replace(progress=jnp.asarray(progress), average=average)
 
 
+def _initial() -> sasa_optax.AdaptOnProgressState:
+    state = sasa_optax.adapt_on_progress().init(_PARAMS)
+    return part_of(state, sasa_optax.AdaptOnProgressState)
+
+
 def _adapting() -> sasa_optax.AdaptOnProgressState:
     """A state with the values of ``_EXPECTED``."""
-    state = sasa_optax.adapt_on_progress().init(_PARAMS)
+    state = _initial()
     return state._replace(
         scale=jnp.asarray(2.0),
         target=jnp.asarray(0.375),
@@ -66,14 +73,13 @@ def _adapting() -> sasa_optax.AdaptOnProgressState:
 
 
 def _row(step: int, **changes: Any) -> dict[str, Any]:
-    """The metrics of a run without a cut, but for the changes."""
-    state = sasa_optax.adapt_on_progress().init(_PARAMS)
-    state = state._replace(measured=_measured(step, 0.5))
+    """The metrics of a run without a cut, with some changes."""
+    state = _initial()._replace(measured=_measured(step, 0.5))
     return {**sasa_optax.metrics(state), **changes}
 
 
 def _history() -> sasa_optax.History:
-    """An overshoot at step 14, a brake at step 30."""
+    """A record with an overshoot at step 14 and a brake at step 30."""
     history = sasa_optax.History()
     braked = {"num_overshoots": 1, "num_brakes": 1, "last_cut": 30, "sees_loss": True}
     loss = {"loss_first": 5.0, "loss_best": 1.0, "loss_fast": 1.5}
@@ -281,6 +287,10 @@ def test_jsonl_comes_back_with_its_cuts(tmp_path: Any) -> None:
     assert [row["loss"] for row in restored.rows] == [4.0, 2.0, 3.0, 9.0, 1.0]
 
 
+def _panels(history: sasa_optax.History, path: Any = None) -> list[Any]:
+    return [*history.plot(path).axes]
+
+
 def _labels(ax: Any) -> list[str]:
     legend = ax.get_legend()
     return [text.get_text() for text in legend.get_texts()] if legend else []
@@ -294,10 +304,10 @@ def _dotted(ax: Any) -> list[tuple[float, str]]:
 
 
 def test_the_picture_shows_loss_scale_and_progress(tmp_path: Any) -> None:
-    figure = _history().plot(tmp_path / "run.png")
+    panels = _panels(_history(), tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    loss, scale, progress = figure.axes
-    labels = [ax.get_ylabel() for ax in figure.axes]
+    loss, scale, progress = panels
+    labels = [ax.get_ylabel() for ax in panels]
     assert labels == ["loss", "scale of the updates", "progress"]
     assert scale.get_yscale() == progress.get_yscale() == "log"
     for ax in (loss, scale, progress):
@@ -312,7 +322,7 @@ def test_the_picture_shows_loss_scale_and_progress(tmp_path: Any) -> None:
 
 
 def test_the_scale_is_drawn_down_at_the_step_of_a_cut() -> None:
-    scale = _history().plot().axes[1]
+    scale = _panels(_history())[1]
     steps, scales = scale.lines[0].get_data()
     drawn = list(zip(steps, scales, strict=True))
     at = drawn.index((14, 3.0))
@@ -321,9 +331,9 @@ def test_the_scale_is_drawn_down_at_the_step_of_a_cut() -> None:
 
 
 def test_the_loss_has_the_limits_above_which_the_scale_is_cut() -> None:
-    loss = _history().plot().axes[0]
+    loss = _panels(_history())[0]
     lines = {line.get_label(): line for line in loss.lines}
-    # From 5 to 1 is a gain of 4: a tenth and a half of it.
+    # From 5 to 1 the gain is 4. The limits are at a tenth and at half of it.
     for start, color, limit in [("over", "orange", 1.4), ("brake", "red", 3.0)]:
         (line,) = [line for name, line in lines.items() if name.startswith(start)]
         assert line.get_color() == f"tab:{color}"
@@ -336,7 +346,7 @@ def test_the_picture_of_a_run_without_cuts_or_losses() -> None:
     history = sasa_optax.History()
     for step in (10, 20):
         history.record(_row(step))
-    scale, progress = history.plot().axes
+    scale, progress = _panels(history)
     assert _labels(scale) == []
     assert _dotted(scale) == []
     assert "moves on: without a loss it stays" in _labels(progress)
@@ -346,7 +356,7 @@ def test_the_picture_of_measured_progress_alone() -> None:
     history = sasa_optax.History()
     for step in (10, 20):
         history.record(sasa_optax.metrics(_measured(step, 0.5)))
-    (progress,) = history.plot().axes
+    (progress,) = _panels(history)
     assert _labels(progress) == ["random walk"]
     np.testing.assert_array_equal(progress.lines[1].get_ydata(), [0.5, 0.5])
     assert history.explain() == "The rate has not dropped."
@@ -357,9 +367,10 @@ def _eager(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 
 
 def test_a_controller_beside_measured_progress_has_both_pictures() -> None:
-    controller = sasa_optax.sasa_plus(
-        1.0, test=_eager, min_samples=10, leak_ratio=2, test_interval=5, max_window=16
+    window = sasa_optax.Window(
+        min_samples=10, leak_ratio=2, test_interval=5, max_window=16
     )
+    controller = sasa_optax.sasa_plus(1.0, test=_eager, window=window)
     optimizer = optax.chain(controller, sasa_optax.measure_progress())
     state, history = optimizer.init(_PARAMS), sasa_optax.History()
     update = jax.jit(optimizer.update)
@@ -367,7 +378,7 @@ def test_a_controller_beside_measured_progress_has_both_pictures() -> None:
         _, state = update(_PARAMS, state, _PARAMS)
         if step % 5 == 0:
             history.record(sasa_optax.metrics(state), loss=1.0)
-    # As without measured progress: see test_history.
+    # test_history.py has the same run without measured progress.
     assert [drop.step for drop in history.drops] == [25]
-    labels = [ax.get_ylabel() for ax in history.plot().axes]
+    labels = [ax.get_ylabel() for ax in _panels(history)]
     assert labels == ["loss", "learning rate", "progress", "test: mean, interval"]

@@ -1,5 +1,6 @@
 """What the losses allow: the averages against NumPy, the verdicts on known losses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,18 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from progress_in_numpy import horizons
 
 import sasa_optax
 from sasa_optax import _adapt, _loss_gate
 
 
-def _horizons(steps: int) -> np.ndarray:
-    return np.maximum(32, np.arange(1, steps + 1) / 8)
+def _scanned(scan: Callable[..., Any], *columns: np.ndarray) -> Any:
+    """What a scan gives for each row. Padding to a few lengths saves compilations."""
+    num_rows = len(columns[0])
+    length = 1024
+    while length < num_rows:
+        length *= 4
+    padded = [np.pad(x, (0, length - num_rows), mode="edge") for x in columns]
+    return jax.tree.map(lambda x: np.asarray(x)[:num_rows], scan(*padded))
 
 
 @jax.jit
-def _watched(losses: jax.Array) -> Any:
-    """The verdict on each loss and the state after it, each of shape (steps,)."""
+def _watch(losses: jax.Array) -> Any:
     start = _loss_gate.start(losses.dtype)
     steps = jnp.arange(1, len(losses) + 1)
     horizons = jnp.maximum(32, steps / 8).astype(losses.dtype)
@@ -30,8 +37,13 @@ def _watched(losses: jax.Array) -> Any:
     return jax.lax.scan(step, start, (losses, horizons))[1]
 
 
+def _watched(losses: np.ndarray) -> Any:
+    """The verdict on each loss and the state after it, each of shape (steps,)."""
+    return _scanned(_watch, losses)
+
+
 def _verdicts(losses: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in _watched(losses)[0]._asdict().items()}
+    return _watched(losses)[0]._asdict()
 
 
 def _noise(steps: int, seed: int = 0) -> np.ndarray:
@@ -39,13 +51,13 @@ def _noise(steps: int, seed: int = 0) -> np.ndarray:
 
 
 def _levels(*blocks: tuple[int, float], noise: float = 0.1) -> np.ndarray:
-    """Losses that stay at each level for so many steps, with noise."""
+    """Noisy losses, with a number of steps at each level."""
     level = np.concatenate([np.full(length, level) for length, level in blocks])
     return level + noise * _noise(len(level))
 
 
 def _normalized(horizons: np.ndarray) -> np.ndarray:
-    """Of each loss in an average of at most so many, after each step; [k, j]."""
+    """Weights of loss j, after step k, in an average over the horizons; [k, j]."""
     steps = len(horizons)
     of_new = 1 / np.minimum(np.arange(1, steps + 1), horizons)
     weights = np.zeros((steps, steps))
@@ -62,9 +74,9 @@ def test_the_averages_are_weighted_sums(x64: None) -> None:
     steps = 700
     losses = np.linspace(5, 1, steps) ** 2 + _noise(steps)
     _, states = _watched(losses)
-    horizons = _horizons(steps)
-    shorter = np.maximum(_loss_gate._MIN_FAST, _loss_gate._FAST_SHARE * horizons)
-    fast, slow = _normalized(shorter), _normalized(horizons)
+    longer = horizons(steps)
+    shorter = np.maximum(_loss_gate._MIN_FAST, _loss_gate._FAST_SHARE * longer)
+    fast, slow = _normalized(shorter), _normalized(longer)
     np.testing.assert_allclose(np.sum(fast, axis=1), 1)
     np.testing.assert_allclose(states.fast, fast @ losses)
     np.testing.assert_allclose(states.slow, slow @ losses)
@@ -95,7 +107,7 @@ def test_the_first_losses_are_a_plain_mean(x64: None) -> None:
 
 
 def test_it_may_rise_while_the_loss_falls(x64: None) -> None:
-    """At each step; and for some horizons more, but not for ever."""
+    """It may rise at each step of the fall and for some horizons more, not for ever."""
     falling = np.exp(-np.arange(1500) / 500) + 0.02 * _noise(1500)
     may_rise = _verdicts(falling)["may_rise"]
     # The first loss has no variance.
@@ -127,16 +139,16 @@ def test_without_a_loss_nothing_is_allowed_and_nothing_is_wrong() -> None:
 def test_a_gain_is_real_beyond_the_noise_of_both_averages(x64: None) -> None:
     """The fast average becomes exact in a long run, the first one does not."""
     steps = 20_000
+    watch, (_, states) = jax.jit(_loss_gate.watch), _watched(_noise(steps))
     for deviations, is_real in [(0.8, False), (1.2, True)]:
-        _, states = _watched(_noise(steps))
         gain = deviations * _loss_gate._REAL / _loss_gate._MIN_FAST**0.5
-        # As if the first average had been so far above the best one.
+        # The state is changed as if the first average had been so far above the best.
         state = jax.tree.map(lambda x: x[-1], states)
         state = state._replace(
-            slow=state.fast, first=state.best + gain * jnp.sqrt(state.variance)
+            slow=state.fast, first=state.best + gain * np.sqrt(state.variance)
         )
-        _, verdict = _loss_gate.watch(state, state.fast, jnp.asarray(steps / 8))
-        # It stands still, so that the rate may rise only before there is a real gain.
+        _, verdict = watch(state, state.fast, jnp.asarray(steps / 8))
+        # The loss stands still, so the rate may rise only before there is a real gain.
         assert bool(verdict.may_rise) == (not is_real)
         assert not bool(verdict.is_above | verdict.is_lost)
 
@@ -177,7 +189,7 @@ def test_noise_alone_is_no_gain_and_no_loss(x64: None) -> None:
 
 
 @pytest.mark.parametrize("lost", [-0.05, 0.0, 0.05])
-@pytest.mark.parametrize("share", ["_OVERSHOOT", "_BRAKE"])
+@pytest.mark.parametrize("share", ["OVERSHOOT", "BRAKE"])
 def test_it_depends_on_the_share_of_the_gain_that_is_lost(
     x64: None, share: str, lost: float
 ) -> None:
@@ -186,7 +198,7 @@ def test_it_depends_on_the_share_of_the_gain_that_is_lost(
     level = 10 * (limit + lost)
     losses = _levels((40, 10.0), (400, 0.0), (400, level), noise=0.01)
     verdicts = _verdicts(losses)
-    name = {"_OVERSHOOT": "is_above", "_BRAKE": "is_lost"}[share]
+    name = {"OVERSHOOT": "is_above", "BRAKE": "is_lost"}[share]
     found = verdicts[name]
     assert not np.any(found[:440])
     if lost:
@@ -197,7 +209,7 @@ def test_it_depends_on_the_share_of_the_gain_that_is_lost(
 
 
 def test_a_loss_that_explodes_does_not_hide_in_its_own_noise(x64: None) -> None:
-    """As of a network destroyed at batch size 1: most losses small, a few enormous."""
+    """As when batch size 1 destroys a network, a few losses are enormous."""
     random = np.random.default_rng(0)
     losses = _levels((40, 10.0), (400, 0.0))
     bursts = 10 * np.exp(3 * random.normal(size=400))
@@ -214,7 +226,7 @@ def test_a_single_large_loss_is_no_loss_of_the_model(x64: None) -> None:
 
 
 def test_where_nothing_was_gained_the_start_is_the_limit(x64: None) -> None:
-    """By the deviations of the first average, as it was seen then, and of the fast."""
+    """The limit adds deviations of the first average, as seen then, and of the fast."""
     spread = 0.1 * np.resize([1.0, -1.0], 400)
     of_first = 0.1 / _loss_gate._MIN_FAST**0.5
     of_fast = 0.1 / (2 * _loss_gate._MIN_FAST - 1) ** 0.5
@@ -254,14 +266,13 @@ def test_the_zero_and_the_unit_of_the_loss_do_not_matter(
         np.testing.assert_array_equal(actual[name], verdict, err_msg=name)
 
 
-# What the servo does about it. Updates along a line make the rate rise, those that
+# What the servo does about it. Updates along a line make the rate rise. Updates that
 # change their sign do not.
 
 
-def _steps(losses: np.ndarray, *, rises: bool, **arguments: Any) -> list[Any]:
-    """The servo's state after each step."""
-    optimizer = sasa_optax.adapt_on_progress(0.0, **arguments)
-    signs = np.ones(len(losses)) if rises else np.resize([1.0, -1.0], len(losses))
+@jax.jit
+def _run(signs: jax.Array, losses: jax.Array) -> Any:
+    optimizer = sasa_optax.adapt_on_progress(0.0)
     params = jnp.zeros(3)
 
     def step(carry: Any, pair: Any) -> Any:
@@ -272,31 +283,35 @@ def _steps(losses: np.ndarray, *, rises: bool, **arguments: Any) -> list[Any]:
         params = optax.apply_updates(params, updates)
         return (params, state), (params, state)
 
-    pairs = signs.astype(np.float32), losses.astype(np.float32)
-    _, seen = jax.lax.scan(step, (params, optimizer.init(params)), pairs)
-    seen = jax.tree.map(np.asarray, seen)
+    return jax.lax.scan(step, (params, optimizer.init(params)), (signs, losses))[1]
+
+
+def _steps(losses: np.ndarray, *, rises: bool) -> list[Any]:
+    """The parameters and the servo's state after each step."""
+    signs = np.ones(len(losses)) if rises else np.resize([1.0, -1.0], len(losses))
+    seen = _scanned(_run, signs.astype(np.float32), losses.astype(np.float32))
     return [jax.tree.map(lambda x, k=k: x[k], seen) for k in range(len(losses))]
 
 
 @pytest.mark.parametrize("rises", [False, True])
 def test_an_overshoot_is_cut_only_where_the_rate_has_risen(rises: bool) -> None:
-    level = 10 * (_loss_gate._OVERSHOOT + _loss_gate._BRAKE) / 2
+    level = 10 * (_loss_gate.OVERSHOOT + _loss_gate.BRAKE) / 2
     falling = np.linspace(10, 0, 150) + 0.05 * _noise(150)
     losses = np.append(falling, level + 0.05 * _noise(60, seed=1))
     seen = _steps(losses, rises=rises)
-    # Each of its losses is above.
+    # The losses at this level are above.
     assert np.sum(_verdicts(losses)["is_above"]) > 10
     (_, before), (_, after) = seen[149], seen[-1]
     assert int(after.num_brakes) == 0
     assert int(after.num_overshoots) == rises
     if rises:
         assert float(before.scale) > 2
-        # Once: the cut is not a rise. The parameters are not put back.
+        # There is one cut, as a cut is no rise. The parameters are not put back.
         cut = next(k for k, (_, state) in enumerate(seen) if state.num_overshoots)
         assert int(seen[cut][1].last_cut) == cut + 1
         expected = float(seen[cut - 1][1].scale) / _adapt._CUT
         assert float(seen[cut][1].scale) == pytest.approx(expected)
-        # What counts as the best is the loss of now, with its deviations.
+        # The loss of now, with its deviations, becomes the best.
         losses = seen[cut][1].losses
         error = (losses.variance / (2 * _loss_gate._MIN_FAST - 1)) ** 0.5
         best = losses.fast + _loss_gate._NUM_DEVIATIONS * error
@@ -312,7 +327,7 @@ def test_an_overshoot_is_cut_only_where_the_rate_has_risen(rises: bool) -> None:
 
 def test_within_a_horizon_of_a_cut_there_is_no_other_overshoot() -> None:
     """The loss is good again at once, so that the rate rises, and then bad for long."""
-    level = 10 * (_loss_gate._OVERSHOOT + _loss_gate._BRAKE) / 2
+    level = 10 * (_loss_gate.OVERSHOOT + _loss_gate.BRAKE) / 2
     falling = np.linspace(10, 0, 150)
     blocks = [np.full(33, level), np.full(5, -3.0), np.full(60, 2 * level)]
     losses = np.concatenate([falling, *blocks]) + 0.05 * _noise(248)
@@ -327,17 +342,16 @@ def test_within_a_horizon_of_a_cut_there_is_no_other_overshoot() -> None:
 
 
 def test_after_an_overshoot_the_rate_rises_but_slowly() -> None:
-    level = 10 * (_loss_gate._OVERSHOOT + _loss_gate._BRAKE) / 2
+    level = 10 * (_loss_gate.OVERSHOOT + _loss_gate.BRAKE) / 2
     falling = np.linspace(10, 0, 150)
     losses = np.concatenate([falling, np.full(60, level), np.linspace(level, 0, 400)])
     seen = _steps(losses + 0.05 * _noise(len(losses)), rises=True)
     states = [state for _, state in seen]
     assert int(states[-1].num_overshoots) == 1
     cut = int(states[-1].last_cut)
-    # It rises as the ceiling does, after that has been reached.
+    # Once the scale has reached the ceiling, it rises with it.
     scales = np.array([float(state.scale) for state in states[cut - 1 :]])
-    horizons = _horizons(len(losses))[cut - 1 : -1]
-    logs = np.cumsum(_adapt._CEILING_RISE / horizons)
+    logs = np.cumsum(_adapt._CEILING_RISE / horizons(len(losses))[cut - 1 : -1])
     highest = scales[0] * np.exp(np.append(0, logs))
     assert np.all(scales <= highest * (1 + 1e-4))
     assert scales[-1] > 1.2 * scales[0]
@@ -345,7 +359,7 @@ def test_after_an_overshoot_the_rate_rises_but_slowly() -> None:
 
 def test_a_loss_that_falls_back_slowly_is_one_overshoot() -> None:
     """It is above for long, and falls: each rise would be cut again at once."""
-    level = 10 * (_loss_gate._OVERSHOOT + _loss_gate._BRAKE) / 2
+    level = 10 * (_loss_gate.OVERSHOOT + _loss_gate.BRAKE) / 2
     falling, back = np.linspace(10, 0, 150), np.linspace(level, 0, 400)
     losses = np.concatenate([falling, np.full(300, level), back])
     _, state = _steps(losses + 0.05 * _noise(len(losses)), rises=True)[-1]
@@ -355,11 +369,11 @@ def test_a_loss_that_falls_back_slowly_is_one_overshoot() -> None:
 
 def test_a_brake_comes_at_half_of_the_gain_whether_or_not_the_rate_rose() -> None:
     for share, num_brakes in [(-0.1, 0), (0.1, 1)]:
-        level = 10 * (_loss_gate._BRAKE + share)
+        level = 10 * (_loss_gate.BRAKE + share)
         losses = _levels((40, 10.0), (200, 0.0), (60, level), noise=0.05)
         seen = _steps(losses, rises=False)
         assert int(seen[-1][1].num_brakes) == num_brakes
-        # What is first and best starts afresh, so that it is not lost again.
+        # The first and the best loss start afresh, so the model is not lost again.
         if num_brakes:
             assert int(seen[-1][1].losses.num_losses) < 60
 
@@ -375,14 +389,14 @@ def test_losses_that_are_not_finite_cut_once_from_the_second_on(
     params, before = seen[39]
     average = before.measured.average.averaged
     assert not np.array_equal(params, average)
-    for k in range(40, 40 + num_bad):
-        params, state = seen[k]
+    during = seen[40 : 40 + num_bad]
+    for k, (params, state) in enumerate(during, 1):
         np.testing.assert_allclose(params, average, rtol=1e-6)
-        assert int(state.num_nonfinite) == k - 39
-        assert int(state.num_brakes) == (k > 40)
-        assert int(state.losses.num_missed) == k - 39
+        assert int(state.num_nonfinite) == k
+        assert int(state.num_brakes) == (k > 1)
+        assert int(state.losses.num_missed) == k
     expected = float(before.scale) / (_adapt._CUT if num_bad > 1 else 1)
-    assert float(state.scale) == pytest.approx(expected, rel=1e-5)
+    assert float(during[-1][1].scale) == pytest.approx(expected, rel=1e-5)
     _, after = seen[-1]
     assert int(after.num_brakes) == (num_bad > 1)
     assert int(after.losses.num_missed) == 0
@@ -399,7 +413,7 @@ def test_bad_losses_far_apart_never_cut() -> None:
 
 
 def test_a_bad_loss_leaves_no_trace_in_the_averages(x64: None) -> None:
-    """Except that the step counts: the horizon is that of the steps, here still 32."""
+    """Only the step counts: the horizon depends on the steps. Here it is still 32."""
     losses = 5 + _noise(100)
     _, expected = _watched(losses)
     _, states = _watched(np.insert(losses, 50, np.nan))

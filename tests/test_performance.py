@@ -1,6 +1,6 @@
 """What XLA makes of the update: memory traffic, temporaries, compilations.
 
-How long that takes is for `benchmarks/performance.py`; no test here is timed.
+No test here is timed; `benchmarks.performance` is what takes times.
 """
 
 import json
@@ -116,10 +116,14 @@ def test_the_guide_measures_a_model_of_ones_own(tmp_path: pathlib.Path) -> None:
     page = (_ROOT / "docs" / "performance.md").read_text()
     module = page.partition("```python\n")[2].partition("```")[0]
     (tmp_path / "my_training.py").write_text(module)
-    command = [sys.executable, _ROOT / "benchmarks" / "performance.py"]
+    command = [sys.executable, "-m", "benchmarks.performance"]
     arguments = ["--own", "my_training:make_step", "--rounds", "3"]
     process = subprocess.run(
-        [*command, *arguments], cwd=tmp_path, capture_output=True, text=True
+        [*command, *arguments],
+        cwd=_ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
     assert "my_training:make_step" in process.stdout
@@ -137,7 +141,8 @@ def test_a_population_tests_only_when_a_member_must() -> None:
         jax.debug.callback(lambda step: calls.append(int(step)), samples.step)
         return sasa_optax.TestResult(mean=samples.values[0])
 
-    optimizer = sasa_optax.sasa_plus(0.1, test=counting, min_samples=4, test_interval=8)
+    window = sasa_optax.Window(min_samples=4, test_interval=8)
+    optimizer = sasa_optax.sasa_plus(0.1, test=counting, window=window)
     params = jnp.ones((3, 2))
     state = jax.vmap(optimizer.init)(params)
     update = jax.jit(jax.vmap(optimizer.update))
@@ -149,8 +154,8 @@ def test_a_population_tests_only_when_a_member_must() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_state_is_small(name: str) -> None:
-    """A window of 16384 numbers each for samples, scales and losses, at most two."""
+    """A window of 16384 numbers each for samples, scales and losses."""
     params = jnp.zeros(1000)
     state = jax.eval_shape(ALL[name]().init, params)
     leaves = [x for x in jax.tree.leaves(state) if x.shape != params.shape]
-    assert sum(x.size * x.dtype.itemsize for x in leaves) < 150_000
+    assert sum(x.size * x.dtype.itemsize for x in leaves) < 200_000

@@ -1,7 +1,7 @@
-"""Times statopt's SASA+ on PyTorch, in an environment of its own, on demand.
+"""Times statopt's SASA+ on PyTorch, on demand, in an environment of its own.
 
-`performance.py` starts it with the Python of that environment. For each line it reads,
-"<optimizer> <steps>", it takes so many steps and prints the seconds that one took.
+`statopt_client.py` starts it with the Python of that environment. For each line that it
+reads, "<optimizer> <steps>", it takes so many steps and prints the seconds a step took.
 """
 
 import argparse

@@ -3,16 +3,17 @@
 Draws zero-mean Gaussian windows, i.i.d. and AR(1), counts how often the interval of
 `sasa_optax.ZeroMeanTest` holds zero, and writes the share, beside the one that theory
 expects, into the table of docs/calibration.md.
+
+    make calibration
+    python -m benchmarks.validity.calibration --streams 4000 --seed 0
 """
 
 import argparse
-import datetime
 import functools
 import itertools
 import math
-import os
-import platform
-from pathlib import Path
+import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,14 +22,14 @@ import numpy as np
 from scipy import stats
 
 import sasa_optax
+from benchmarks import publishing
 
 SIGNIFICANCE = 0.05
 VARIANCES = ("iid", "batch_means", "overlapping_batch_means")
 PHIS = (0.0, 0.5, 0.9)
 LENGTHS = (100, 1000, 10000)
-START, END = "<!-- table -->", "<!-- /table -->"
-
-# How many streams are in memory at once: 10 MB of the longest.
+PART = "table"
+# So many streams are in memory at once, 10 MB of the longest.
 CHUNK = 250
 
 
@@ -49,8 +50,8 @@ def estimator(variance: str, n: int) -> Estimator:
         return Estimator(1, np.arange(n), 1 / (n - 1), n - 1, n - 1)
     if variance == "batch_means":
         return Estimator(b, b * np.arange(k), b / (k - 1), k - 1, k - 1)
-    # Overlapping batches are far from independent: for long windows the variance of
-    # this sigma^2 is that of 1.5 n / b degrees of freedom, not of n - b.
+    # Overlapping batches are far from independent. In long windows, this sigma^2 varies
+    # as if it had 1.5 n / b degrees of freedom, not n - b.
     starts = np.arange(n - b + 1)
     factor = n * b / (len(starts) * (n - b))
     return Estimator(b, starts, factor, n - b, 1.5 * n / b)
@@ -64,7 +65,7 @@ def variance_of_sum(k: np.ndarray | int, phi: float) -> np.ndarray:
 
 
 def expected_variance(e: Estimator, n: int, phi: float) -> float:
-    """E[sigma^2]. It holds for a remainder of n / b too, which no batch contains."""
+    """E[sigma^2], also where n / b leaves a remainder that no batch contains."""
     left, right = e.starts, n - e.starts - e.batch
     batch, window = variance_of_sum(e.batch, phi), variance_of_sum(n, phi)
     # With S = L + B + R, polarisation gives 2 Cov(B, S) = Var(L + B) - Var(L)
@@ -82,7 +83,7 @@ def expected_variance(e: Estimator, n: int, phi: float) -> float:
 def theoretical_coverage(variance: str, phi: float, n: int) -> float:
     """P(|T| <= t sqrt(E[sigma^2] / (n Var(mean)))), T with the effective dof.
 
-    As if sigma^2 were a multiple of chi-squared, and independent of the mean.
+    It takes sigma^2 for a multiple of chi-squared that is independent of the mean.
     """
     e = estimator(variance, n)
     ratio = expected_variance(e, n, phi) / (variance_of_sum(n, phi) / n)
@@ -91,7 +92,7 @@ def theoretical_coverage(variance: str, phi: float, n: int) -> float:
 
 
 def stream(key: jax.Array, phi: jax.Array, n: int) -> jax.Array:
-    """z_k = phi z_{k-1} + a standard normal, from the stationary distribution on."""
+    """z_k = phi z_{k-1} + a standard normal, from a stationary start."""
     noise = jax.random.normal(key, (n,), jnp.float32)
     start = noise[0] / jnp.sqrt(1 - phi**2)
 
@@ -106,13 +107,14 @@ def stream(key: jax.Array, phi: jax.Array, n: int) -> jax.Array:
 def holds_zero(values: jax.Array, variance: str) -> jax.Array:
     n, zero = jnp.int32(values.size), jnp.int32(0)
     test = sasa_optax.ZeroMeanTest(SIGNIFICANCE, variance)
-    result = test(sasa_optax.Samples(values, None, n, n, zero))
+    scales = jnp.ones_like(values)
+    result = test(sasa_optax.Samples(values, scales, n, n, zero))
     return jnp.less_equal(result.lower, 0) & jnp.greater_equal(result.upper, 0)
 
 
 @functools.partial(jax.jit, static_argnames="n")
 def intervals_hold_zero(keys: jax.Array, phi: jax.Array, n: int) -> jax.Array:
-    """Whether they do, for each stream (a row) and each of VARIANCES (a column)."""
+    """One row for each stream, one column for each of `VARIANCES`."""
 
     def one(key: jax.Array) -> jax.Array:
         values = stream(key, phi, n)
@@ -122,7 +124,7 @@ def intervals_hold_zero(keys: jax.Array, phi: jax.Array, n: int) -> jax.Array:
 
 
 def measured_coverage(key: jax.Array, phi: float, n: int, streams: int) -> list[float]:
-    """The share of streams whose interval holds zero, for each of VARIANCES."""
+    """The share of streams whose interval holds zero, for each of `VARIANCES`."""
     keys = jax.random.split(key, streams)
     held = intervals_hold_zero(keys, jnp.float32(phi), n)
     return np.mean(np.asarray(held), axis=0).tolist()
@@ -132,56 +134,46 @@ def standard_error(coverage: float, streams: int) -> float:
     return math.sqrt(coverage * (1 - coverage) / streams)
 
 
-def row(key: jax.Array, phi: float, n: int, streams: int) -> str:
+def line(key: jax.Array, phi: float, n: int, streams: int) -> list[str]:
+    """A line of the table."""
     cells = [f"AR(1), φ = {phi}" if phi else "i.i.d.", str(n)]
     measured = measured_coverage(key, phi, n, streams)
     for variance, share in zip(VARIANCES, measured, strict=True):
         error = standard_error(share, streams)
         cells.append(f"{100 * share:.1f} ± {100 * error:.1f}")
         cells.append(f"{100 * theoretical_coverage(variance, phi, n):.1f}")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
-def table(streams: int, seed: int) -> str:
-    heads = ["stream", "n"]
-    for variance in VARIANCES:
-        heads += [f"`{variance}`", "theory"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    print(*lines, sep="\n")
+def lines(streams: int, seed: int) -> Iterator[list[str]]:
+    """Measures and prints one line after the other."""
     cases = list(itertools.product(PHIS, LENGTHS))
     keys = jax.random.split(jax.random.key(seed), len(cases))
     for key, (phi, n) in zip(keys, cases, strict=True):
-        lines.append(row(key, phi, n, streams))
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+        measured = line(key, phi, n, streams)
+        print(*measured, sep="  ", flush=True)
+        yield measured
 
 
-def provenance(streams: int, seed: int) -> str:
-    command = f"python benchmarks/calibration.py --streams {streams} --seed {seed}"
-    machine = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
-    today = datetime.date.today().isoformat()
-    return f"Made by `{command}` on a {machine}, JAX {jax.__version__}, {today}."
-
-
-def replace_table(page: str, content: str) -> str:
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{content}\n\n{END}{after}"
+def page_content(streams: int, seed: int) -> str:
+    columns = (head for name in VARIANCES for head in (f"`{name}`", "theory"))
+    heads = ["stream", "n", *columns]
+    table = publishing.markdown(heads, lines(streams, seed))
+    command = "python -m benchmarks.validity.calibration"
+    command += f" --streams {streams} --seed {seed}"
+    return f"{table}\n\n{publishing.made_by(command, publishing.provenance())}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--streams", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/calibration.md"))
+    page = publishing.DOCS / "calibration.md"
+    parser.add_argument("--page", type=pathlib.Path, default=page)
     args = parser.parse_args()
-
-    page = args.out.read_text(encoding="utf-8")
-    if page.count(START) != 1 or page.count(END) != 1:
-        parser.error(f"{args.out} lacks the markers {START} and {END}")
-    content = [table(args.streams, args.seed), provenance(args.streams, args.seed)]
-    page = replace_table(page, "\n\n".join(content))
-    args.out.write_text(page, encoding="utf-8")
+    publishing.write(args.page, {PART: page_content(args.streams, args.seed)})
 
 
 if __name__ == "__main__":

@@ -1,30 +1,27 @@
-"""Does SALSA find the same rate if it searches at every fifth or tenth step only?
+"""Does SALSA find the same rate if it searches only at every fifth or tenth step?
 
-Trains the models of the examples for each search interval and seed, and prints the
-rates found, when the search ended, what it cost, and the result. The table of
-docs/salsa.md:
+Trains the models of the examples for each interval and seed, and prints the rate
+found, when the search ended, its cost, and the accuracy. The table in docs/salsa.md:
 
-    python benchmarks/search_interval.py --seeds 3
+    python -m benchmarks.evidence.search_interval --seeds 3
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable
+from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import track
 
 import sasa_optax
+from benchmarks import publishing
+from benchmarks.publishing import Row
+from examples import digits, fashion_mnist
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-import digits
-import fashion_mnist
-
-# A task trains with an interval and a seed, and returns the history and the accuracy.
+# A task maps an interval and a seed to the history of a run and its accuracy.
 Task = Callable[[int, int], tuple[sasa_optax.History, float]]
 
 
@@ -37,7 +34,7 @@ def digits_task(epochs: int) -> Task:
             sasa_optax.salsa(
                 steps_per_epoch=steps_per_epoch,
                 weight_decay=digits.MOMENTUM_DECAY,
-                search_interval=interval,
+                search=sasa_optax.LineSearch(interval=interval),
             ),
             data,
             epochs=epochs,
@@ -70,7 +67,7 @@ def fashion_task(epochs: int) -> Task:
     return train
 
 
-def measure(task: Task, interval: int, seed: int) -> dict[str, float]:
+def measure(task: Task, interval: int, seed: int) -> Row:
     history, accuracy = task(interval, seed)
     switch, last = history.switch, history.rows[-1]
     steps = switch.step if switch else last["step"]
@@ -86,24 +83,26 @@ def measure(task: Task, interval: int, seed: int) -> dict[str, float]:
 
 
 def spread(values: list[float]) -> str:
-    """Lowest to highest, or the one value."""
+    """The lowest and the highest value, or the one that there is."""
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low} to {high}"
 
 
-def show(name: str, results: list[dict[str, float]], console: Console) -> None:
+def table(results: list[Row]) -> str:
     columns = [c for c in results[0] if c != "seed"]
-    table = Table(*columns, title=f"{name}: SALSA's search interval")
+    lines = []
     for interval in sorted({r["interval"] for r in results}):
         rows = [r for r in results if r["interval"] == interval]
         cells = [spread([r[c] for r in rows]) for c in columns[1:-1]]
         accuracy = statistics.mean(r[columns[-1]] for r in rows)
-        table.add_row(str(interval), *cells, f"{accuracy:.2f}")
-    console.print(table)
+        lines.append([str(interval), *cells, f"{accuracy:.2f}"])
+    return publishing.markdown(columns, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 5, 10])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--digits-epochs", type=int, default=400)
@@ -114,17 +113,12 @@ def main() -> None:
         "digits": digits_task(args.digits_epochs),
         "Fashion-MNIST": fashion_task(args.fashion_epochs),
     }
-    console, results = Console(), {name: [] for name in tasks}
-    with Progress(console=console) as progress:
-        total = len(tasks) * len(args.intervals) * args.seeds
-        bar = progress.add_task("training", total=total)
-        for name, task in tasks.items():
-            for interval in args.intervals:
-                for seed in range(args.seeds):
-                    results[name].append(measure(task, interval, seed))
-                    progress.advance(bar)
+    results: dict[str, list[Row]] = {name: [] for name in tasks}
+    runs: list[Any] = list(itertools.product(tasks, args.intervals, range(args.seeds)))
+    for name, *arguments in track(runs, description="training"):
+        results[name].append(measure(tasks[name], *arguments))
     for name, rows in results.items():
-        show(name, rows, console)
+        print(f"\n{name}\n\n{table(rows)}")
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

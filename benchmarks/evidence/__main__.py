@@ -1,0 +1,61 @@
+"""The command line: makes the runs that are missing, and publishes docs/evidence.md."""
+
+import argparse
+import os
+import pathlib
+
+from benchmarks import evidence, publishing
+from benchmarks.evidence import pictures, tables
+from benchmarks.evidence.contenders import METHODS
+from benchmarks.evidence.jobs import jobs_of, run_all
+from benchmarks.evidence.outcomes import Rows
+from benchmarks.evidence.runs import load
+from benchmarks.evidence.task import Task
+from benchmarks.evidence.tasks import QUICK, TASKS, task_named
+from benchmarks.publishing import DOCS, RESULTS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=evidence.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="also over four decades of rates"
+    )
+    parser.add_argument(
+        "--anytime", action="store_true", help="also at a quarter and a half of it"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=RESULTS / "evidence.jsonl"
+    )
+    parser.add_argument("--publish", action="store_true", help="write into docs/")
+    parser.add_argument("--quick", action="store_true", help="one tiny task, one seed")
+    args = parser.parse_args()
+    if args.quick:
+        args.tasks, args.seeds, args.workers = [QUICK], 1, 1
+        args.methods = ["sgd-cosine", "salsa"]
+    return args
+
+
+def publish(rows: Rows, tasks: list[Task], page: pathlib.Path) -> None:
+    publishing.write(page, tables.page_tables(rows, tasks))
+    for name, figure in pictures.figures(rows, tasks).items():
+        figure.savefig(page.parent / "images" / f"{name}.png", dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    if failed := run_all(jobs_of(args), args.workers):
+        raise SystemExit(f"failed: {', '.join(map(str, failed))}")
+    if args.publish:
+        tasks = [task_named(name) for name in TASKS]
+        publish(load(args.results), tasks, DOCS / "evidence.md")
+
+
+if __name__ == "__main__":
+    main()

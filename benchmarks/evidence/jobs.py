@@ -1,0 +1,80 @@
+"""What a process of the evidence suite does: all runs of a method on a task."""
+
+import argparse
+import pathlib
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import rich.progress
+
+from benchmarks import processes
+from benchmarks.evidence.contenders import ANYTIME, method_named
+from benchmarks.evidence.runs import Runs, load
+from benchmarks.evidence.tasks import task_named
+from benchmarks.evidence.tuning import train, train_sensitivity
+
+SENSITIVITY_TASKS = "digits-mlp", "fashion-mlp"
+
+
+class Job(NamedTuple):
+    """A method on a task.
+
+    Attributes:
+      task: the name of the task.
+      method: the name of the method.
+      seeds: the number of seeds.
+      path: the file of results.
+      kind: "budgets" for all budgets of the task, "parts" for a quarter and a half of
+        the largest one, "rates" for the method's sensitivity rates.
+    """
+
+    task: str
+    method: str
+    seeds: int
+    path: pathlib.Path
+    kind: Literal["budgets", "parts", "rates"] = "budgets"
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.method}, {self.kind}"
+
+
+def work(job: Job) -> Job:
+    runs = Runs(task_named(job.task), job.method, job.path, load(job.path))
+    if job.kind == "rates":
+        train_sensitivity(runs, job.seeds)
+    else:
+        train(runs, job.seeds, getattr(runs.task, job.kind))
+    return job
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    # The longest come first, so that no process is left with them at the end.
+    order = {"fashion-mlp": 0, "fashion-cnn": 1, "char-transformer": 2}
+    tasks = sorted(args.tasks, key=lambda name: order.get(name, 3))
+
+    def is_wanted(kind: str, task: str, method: str) -> bool:
+        if kind == "rates":
+            has_rates = bool(method_named(method).sensitivity_rates)
+            return args.sensitivity and task in SENSITIVITY_TASKS and has_rates
+        return kind == "budgets" or (args.anytime and method in ANYTIME)
+
+    return [
+        Job(task, method, args.seeds, args.results, kind)
+        for kind in ("budgets", "rates", "parts")
+        for task in tasks
+        for method in args.methods
+        if is_wanted(kind, task, method)
+    ]
+
+
+def run_all(jobs: Iterable[Job], workers: int) -> list[Job]:
+    """Does the jobs, and returns those that failed, which harm no other."""
+    jobs, failed = list(jobs), []
+    with rich.progress.Progress() as progress:
+        bar = progress.add_task("running", total=len(jobs))
+        for job, future in processes.run_all(work, jobs, workers):
+            progress.update(bar, advance=1, description=str(job))
+            if error := future.exception():
+                failed.append(job)
+                progress.console.print(f"{job}: {error!r}")
+    return failed

@@ -1,0 +1,124 @@
+"""A whole run, compiled to one loop: from a rate and a seed to its curves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sasa_optax
+from benchmarks.evidence.contenders import Method, Setting
+from benchmarks.evidence.task import Task
+
+
+class Carry(NamedTuple):
+    """What a step changes."""
+
+    params: Any
+    rest: Any
+    opt_state: Any
+    average: Any
+    num_steps: jax.Array
+
+
+def averaged(average: Any, params: Any, num_steps: jax.Array) -> Any:
+    """An average with polynomial weights of power 8, as DoG's authors recommend."""
+    weight = 9.0 / (num_steps + 9.0)
+    return jax.tree.map(lambda a, x: a + weight * (x - a), average, params)
+
+
+def step_fn(task: Task, method: Method, optimizer: Any, data: Any) -> Callable:
+    def step(carry: Carry, batch: Any) -> tuple[Carry, jax.Array]:
+        params, rest, opt_state, average, num_steps = carry
+        (loss, new_rest), grads = jax.value_and_grad(task.loss, has_aux=True)(
+            params, rest, batch, data
+        )
+        # With dropout, this loss is not the one that a line search evaluates.
+        searches = optax.tree.get(opt_state, "line_search_active") is not None
+        is_random = bool(jax.tree.leaves(rest))
+        updates, opt_state = optimizer.update(
+            grads,
+            opt_state,
+            params,
+            grad=grads,
+            value=None if searches and is_random else loss,
+            value_fn=lambda params: task.value(params, rest, batch, data),
+        )
+        params = optax.apply_updates(params, updates)
+        if method.evaluated_at == "average":
+            average = averaged(average, params, num_steps)
+        return Carry(params, new_rest, opt_state, average, num_steps + 1), loss
+
+    return step
+
+
+def evaluated(
+    task: Task, method: Method, carry: Carry, batches: Any, data: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The metrics on validation and test data, where the method is evaluated."""
+    params, rest = carry.params, carry.rest
+    if method.evaluated_at == "schedule_free":
+        params = optax.contrib.schedule_free_eval_params(carry.opt_state, params)
+    elif method.evaluated_at == "average":
+        params = carry.average
+    elif method.evaluated_at == "averaged_params":
+        params = sasa_optax.averaged_params(carry.opt_state, params)
+    if task.has_running_averages and method.evaluated_at != "last":
+        # The running averages of the iterates are not those of the averaged model.
+        some = jax.tree.map(lambda x: x[:50], batches)
+        rest, _ = jax.lax.scan(
+            lambda rest, batch: (task.loss(params, rest, batch, data)[1], None),
+            rest,
+            some,
+        )
+    return task.evaluate(params, rest, data)
+
+
+def rate_of(opt_state: Any, rate: jax.Array) -> jax.Array:
+    """The rate now: what a controller has made of it, else the given one."""
+    kinds = (
+        sasa_optax.AdaptOnProgressState,
+        sasa_optax.ControllerState,
+        optax.contrib.ReduceLROnPlateauState,
+    )
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    for node in nodes:
+        if isinstance(node, kinds):
+            now = getattr(node, "learning_rate", None)
+            return rate * node.scale if now is None else now
+    return rate
+
+
+def run_fn(task: Task, method: Method, num_steps: int) -> Callable:
+    """A function from a rate, a key and initial parameters to the curves of a run."""
+
+    def run(rate: jax.Array, key: jax.Array, params: Any, rest: Any, data: Any) -> Any:
+        optimizer = optax.with_extra_args_support(
+            method.make(Setting(rate, num_steps, task))
+        )
+        step = step_fn(task, method, optimizer, data)
+
+        def record(carry: Carry, key: jax.Array) -> Any:
+            batches = task.draw(key, data)
+            carry, losses = jax.lax.scan(step, carry, batches)
+            validation, test = evaluated(task, method, carry, batches, data)
+            names = "num_drops", "num_overshoots"
+            counts = [optax.tree.get(carry.opt_state, name) for name in names]
+            drops = next((x for x in counts if x is not None), jnp.int32(0))
+            seen = {
+                "train": losses.mean(),
+                "validation": validation,
+                "test": test,
+                "rates": rate_of(carry.opt_state, rate),
+                "drops": drops,
+            }
+            return carry, seen
+
+        average = params if method.evaluated_at == "average" else None
+        state = optimizer.init(params)
+        carry = Carry(params, rest, state, average, jnp.zeros((), jnp.int32))
+        keys = jax.random.split(key, num_steps // task.steps_per_record)
+        return jax.lax.scan(record, carry, keys)[1]
+
+    return run

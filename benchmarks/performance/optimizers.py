@@ -1,0 +1,110 @@
+"""The optimizer's step alone, and what precedes the first step."""
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.performance.cases import BASELINES, CASES, Case
+from benchmarks.performance.timing import Steps, beside
+from benchmarks.publishing import Row
+
+NUM_LEAVES = 20
+
+
+def flat(size: int) -> dict[str, jax.Array]:
+    leaf = jnp.full(size // NUM_LEAVES, 0.1)
+    return {f"w{i:02}": jnp.copy(leaf) for i in range(NUM_LEAVES)}
+
+
+def transformer_tree() -> dict[str, Any]:
+    """24 blocks of width 256, 290 leaves, 21 million parameters in bfloat16."""
+    width = 256
+    inputs = {"qkv": 1, "out": 1, "up": 1, "down": 4}
+    outputs = {"qkv": 3, "out": 1, "up": 4, "down": 1, "norm1": 1, "norm2": 1}
+    shapes: dict[str, tuple[int, ...]] = {"norm1": (width,), "norm2": (width,)}
+    shapes |= {name: (n * width, outputs[name] * width) for name, n in inputs.items()}
+    shapes |= {f"{name}_bias": (n * width,) for name, n in outputs.items()}
+    blocks = [
+        {name: jnp.full(shape, 0.1, jnp.bfloat16) for name, shape in shapes.items()}
+        for _ in range(24)
+    ]
+    embeddings = {
+        name: jnp.full((4096, width), 0.1, jnp.bfloat16) for name in ("in", "out")
+    }
+    return {"blocks": blocks, "embeddings": embeddings}
+
+
+def in_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def sum_of_squares(params: Any) -> jax.Array:
+    leaves = jax.tree.leaves(in_float32(params))
+    return jnp.stack([jnp.sum(x**2) for x in leaves]).sum()
+
+
+def optimizer_steps(case: Case | str, params: Any) -> Steps:
+    """The update alone, with moments in float32 whatever the parameters are."""
+    if isinstance(case, str):
+        case = Case(case, case, BASELINES[case])
+    optimizer = optax.with_extra_args_support(case.make())
+
+    def step(carry: Any, grads: Any) -> Any:
+        params, state = carry
+        extra = {"value": jnp.float32(1), "grad": grads, "value_fn": sum_of_squares}
+        updates, state = optimizer.update(in_float32(grads), state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    state = case.prepare(optimizer.init(in_float32(params)))
+    grads = jax.tree.map(lambda x: x * 0.01, params)
+    return Steps(step, (params, state), grads)
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def bench_optimizer(name: str, params: Any, rounds: int) -> Iterator[Row]:
+    """The time, the temporaries and the traffic of each update."""
+    size = tree_bytes(params)
+    for case in CASES:
+        base = optimizer_steps(case.baseline, params)
+        steps = optimizer_steps(case, params)
+        yield {
+            "section": "optimizer",
+            "tree": name,
+            "case": case.name,
+            "baseline": case.baseline,
+            **beside(base.seconds, steps.seconds, rounds),
+            "temporary": steps.temporary_bytes() / size,
+            "bytes": steps.bytes_accessed() / size,
+            "baseline_bytes": base.bytes_accessed() / size,
+        }
+
+
+def bench_start(rounds: int) -> Iterator[Row]:
+    """The time to compile each update, and the size of its state."""
+    params = flat(1000)
+    for case in CASES:
+        runs = []
+        for each in [case.baseline, case] * rounds:
+            jax.clear_caches()
+            runs.append(optimizer_steps(each, params))
+        base, steps = runs[::2], runs[1::2]
+        compile_s, baseline_compile_s = (
+            statistics.median(run.compile_seconds for run in runs)
+            for runs in (steps, base)
+        )
+        yield {
+            "section": "start",
+            "case": case.name,
+            "baseline": case.baseline,
+            "compile_s": compile_s,
+            "baseline_compile_s": baseline_compile_s,
+            "state_kb": tree_bytes(steps[0].carry[1]) / 1000,
+            "baseline_state_kb": tree_bytes(base[0].carry[1]) / 1000,
+        }

@@ -1,0 +1,1 @@
+"""Programs to run, which the benchmarks import as well."""
