@@ -14,7 +14,7 @@ import pytest
 
 NUM_DEVICES = int(os.environ.get("NUM_DEVICES", "8"))
 
-# Our fixtures set up nothing that one example could leave behind for the next.
+# No fixture here sets up what one example could leave behind for the next.
 _SHARED = {
     "deadline": None,
     "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],
@@ -27,9 +27,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of the time goes into compiling: what one process has, the others read."""
+    """Shares compiled programs between processes: compiling takes most of the time."""
     cache = getattr(config, "cache", None)
-    # JAX 0.5 reads from it programs that compute something else.
+    # With JAX 0.5, a program that is read from it may compute something else.
     if cache is not None and jax.__version_info__ >= (0, 6):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _little_optimized(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The many tests of docs/everywhere.md ask what XLA computes, not how well."""
+    """Compiles the many tests of docs/everywhere.md faster, as they run for moments."""
     is_one_of_many = request.node.get_closest_marker("environment") is not None
     jax.config.update("jax_disable_most_optimizations", is_one_of_many)
     yield
@@ -51,7 +51,7 @@ def _little_optimized(request: pytest.FixtureRequest) -> Iterator[None]:
 def _enable_x64() -> AbstractContextManager[None]:
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    # Its home before JAX 0.8, and gone from there since.
+    # JAX had it here before version 0.8.
     return importlib.import_module("jax.experimental").enable_x64()
 
 
@@ -64,7 +64,7 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> np.dtype:
-    """Both types of statistic; JAX has 64-bit types in the second run only."""
+    """Both types of statistics. JAX has 64-bit types in the second run only."""
     if request.param == "float64":
         request.getfixturevalue("x64")
     return np.dtype(request.param)
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class _Matrix:
-    """Gathers the outcomes, in the process that all workers report to."""
+    """Gathers the outcomes. It lives in the process that all workers report to."""
 
     def __init__(self, action: str) -> None:
         self.action = action

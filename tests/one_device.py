@@ -1,4 +1,4 @@
-"""What `test_performance.py` asks of a process with a single CPU device.
+"""Measures for `test_performance.py`, in a process with a single CPU device.
 
 Prints, as JSON, what XLA says of the compiled update of each case at ten million
 parameters in twenty leaves; and by how much the numbers of a run differ if the leaves
@@ -76,7 +76,7 @@ def _compiled(optimizer: Any) -> dict[str, float]:
 
 
 def _run(optimizer: Any, bad_leaf: str | None = None) -> Any:
-    """Of leaves that are a group each, of every floating type, and more."""
+    """The end of a run with leaves of several types, each a group of its own."""
     size = _cpu_schedule._CACHE_BYTES // 4
     params = {
         "a": jnp.linspace(-1, 1, size),
@@ -100,7 +100,7 @@ def _run(optimizer: Any, bad_leaf: str | None = None) -> Any:
 
 
 def _difference(x: Any, y: Any) -> float:
-    """The largest, relative to numbers above one."""
+    """The largest difference, relative to numbers above one."""
 
     def between(a: jax.Array, b: jax.Array) -> jax.Array:
         a, b = a.astype(jnp.complex64), b.astype(jnp.complex64)
@@ -119,7 +119,7 @@ COMPARED = {
             )
         ),
     ),
-    # In the middle of a run, its losses far above that of `_step`, so that it rises.
+    # Its losses so far are above those of `_step`, so the rate rises.
     "adapted": ALL["adapt_on_progress"](),
 }
 

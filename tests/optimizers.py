@@ -15,7 +15,7 @@ from sasa_optax import Window
 Optimizer = optax.GradientTransformationExtraArgs
 
 _DEFAULT_WINDOW = Window()
-# Small enough that a test comes within a few steps.
+# So small that a test runs within a few steps.
 SMALL_WINDOW = Window(leak_ratio=1, min_samples=4, test_interval=1, max_window=32)
 SMALL: dict[str, Any] = {"window": SMALL_WINDOW}
 
@@ -29,7 +29,7 @@ PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 
 
 def never_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
-    """A test that is compiled in no time, for tests of what comes before it."""
+    """A test that compiles in no time, for tests of what happens before it."""
     return sasa_optax.TestResult(mean=samples.values[0], stationary=False)
 
 
@@ -38,7 +38,7 @@ def always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 
 
 def squares(tree: Any) -> jax.Array:
-    """The squared norm, a loss for any parameters; shape (), float32 at least."""
+    """The squared norm, a loss for any parameters; shape (), at least float32."""
 
     def part(x: jax.Array) -> jax.Array:
         wide = jnp.abs(x).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32))
@@ -53,7 +53,7 @@ def _slope(
     window: Window = _DEFAULT_WINDOW,
     axis_name: str | None = None,
 ) -> Optimizer:
-    """SLOPE with a loss of its own, that of the gradients, bad where they are."""
+    """SLOPE with the squared norm of the gradients as its loss, finite if they are."""
     optimizer = sasa_optax.slope(learning_rate, window=window, axis_name=axis_name)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -64,7 +64,7 @@ def _slope(
 
 
 def _searching(optimizer: Optimizer) -> Optimizer:
-    """A line search with a loss of its own, that of the parameters."""
+    """A line search whose loss is made from the parameters."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         extra_args |= {"grad": updates, "value": None, "value_fn": squares}
@@ -85,7 +85,7 @@ def _salsa(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
 
 
 def _windowless(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """An optimizer that has no use for the arguments in `SMALL`."""
+    """An optimizer that takes none of the arguments in `SMALL`."""
 
     def made(**arguments: Any) -> Optimizer:
         kept = {name: x for name, x in arguments.items() if name not in SMALL}
@@ -94,7 +94,7 @@ def _windowless(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     return made
 
 
-# Those that test for stationarity, their rate one where they have one.
+# The optimizers that test for stationarity, at a learning rate of one.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sasa": functools.partial(sasa_optax.sasa, 1.0),
     "sasa_plus": functools.partial(sasa_optax.sasa_plus, 1.0),
@@ -124,7 +124,7 @@ def _averaged(learning_rate: float, **arguments: Any) -> Optimizer:
 
 
 def _in_midrun(state: Any, params: Any) -> Any:
-    """A state whose next 24 steps have all that may happen: it is 200 steps old.
+    """A state of 200 steps, such that all that may happen does in the next 24 steps.
 
     The rate has just risen. As its losses were far below what they are now, this is
     found to be an overshoot, and then that the model is lost. Then the rate rises
@@ -150,7 +150,7 @@ def _in_midrun(state: Any, params: Any) -> Any:
 
 
 def _servo(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """In the middle of a run, with a loss of its own, that of the parameters."""
+    """An optimizer in the middle of a run, whose loss is made from the parameters."""
 
     def made(learning_rate: float, **arguments: Any) -> Optimizer:
         descent = optax.sgd(0.1 * learning_rate)
@@ -170,13 +170,13 @@ def _servo(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     return made
 
 
-# Those that decide nothing.
+# The optimizers that decide nothing.
 PLAIN = ("qhm", "average_iterates")
 
-# Those that follow progress, and keep no window.
+# The optimizers that follow progress. They keep no window.
 SERVOS = ("adapt_on_progress", "measure_progress")
 
-# What an optimizer has decided, in whatever state.
+# The fields of any state that show what the optimizer has decided.
 DECISIONS = (
     *("num_drops", "last_test", "scale", "num_evaluations", "progress", "ceiling"),
     *("num_overshoots", "num_brakes", "last_cut", "last_rise"),
@@ -189,7 +189,7 @@ def decided(state: Any) -> dict[str, Any]:
 
 
 def without_momentum(state: Any) -> Any:
-    """The state without the trace, which alone may hold what is not finite."""
+    """The state without the trace, which may hold what is not finite."""
 
     def is_momentum(node: Any) -> bool:
         return isinstance(node, sasa_optax.MomentumState)

@@ -47,7 +47,7 @@ def lagged_statistic(weight: float = 0.1) -> sasa_optax.Statistic:
 
 
 def recorded(params: Any, num_steps: int, seed: int = 0) -> tuple[Any, np.ndarray]:
-    """The samples of a run under jit, and what NumPy makes of the same run."""
+    """The samples of a run under jit, and the same computed by NumPy."""
     optimizer = sasa_optax.scale_by_sasa_plus(
         0.1, statistic=lagged_statistic(), test=never_stationary
     )

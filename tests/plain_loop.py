@@ -1,7 +1,7 @@
 """What each optimizer does in a plain loop over a compiled step.
 
-Everything that it may run in must reproduce this. The golden traces and other tests
-compare such loops with independent sources.
+Every transformation, wrapper and layout must reproduce this. The golden traces and
+other tests compare such loops with independent sources.
 """
 
 import functools
@@ -20,7 +20,7 @@ COUNTS = {jnp.dtype(jnp.int32), jnp.dtype(bool)}
 
 
 def grads_at(noise: Any, params: Any) -> Any:
-    """Of a quadratic, with noise, so that the dynamics become stationary."""
+    """The noisy gradients of a quadratic, on which the dynamics become stationary."""
     return noise + 0.1 * params
 
 
@@ -42,7 +42,7 @@ def run_plainly(name: str, num_steps: int = len(NOISE)) -> tuple[Any, Any]:
 def assert_as_in_a_loop(
     actual: tuple[Any, Any], name: str, num_steps: int = len(NOISE)
 ) -> None:
-    # The leaves, as a mask leaves others out of the tree.
+    # Leaves are compared because a mask changes the structure of the state.
     leaves = jax.tree.leaves(actual)
     expected = jax.tree.leaves(run_plainly(name, num_steps))
     chex.assert_trees_all_close(leaves, expected, rtol=1e-4, atol=1e-5)

@@ -19,10 +19,9 @@ from sasa_optax import (
 )
 
 VARIANCES = ("iid", "batch_means", "overlapping_batch_means")
-# 16^2 + 2*16: of all lengths, those of this form have the most batches for their
-# length, so a full window has as many batches as there can be.
+# This is 16^2 + 2*16. Windows of such lengths have the most batches for their length.
 MAX_WINDOW = 288
-# What lies beyond the samples, where it must not matter.
+# Stands beyond the samples, where it must not matter.
 JUNK = 1e30
 
 
@@ -79,7 +78,7 @@ def stack(samples: list[Samples]) -> Samples:
 
 
 class Noise(NamedTuple):
-    """What to draw samples from."""
+    """The process that samples are drawn from."""
 
     kind: str
     seed: int

@@ -1,4 +1,4 @@
-"""Bad input is refused at construction, naming argument, value and what is allowed."""
+"""Bad input is refused at construction. The error says what is allowed instead."""
 
 import inspect
 import re
@@ -168,7 +168,7 @@ def test_a_window_that_could_not_hold_what_a_test_needs(
         )
 
 
-# Keywords that are now fields of an object: where the error says that they live.
+# Old keywords, and the place that the error names for each.
 _MOVED_TO_WINDOW = {
     "leak_ratio": "window=sasa_optax.Window(leak_ratio=...)",
     "min_samples": "window=sasa_optax.Window(min_samples=...)",
@@ -182,7 +182,7 @@ _MOVED = _MOVED_TO_WINDOW | {
     "variance": "test=sasa_optax.ZeroMeanTest(variance=...)",
     "delta": "test=sasa_optax.EquivalenceTest(delta=...)",
 }
-# By default these have a test of another kind.
+# The default tests of these are of another kind.
 _MOVED_OF_SASA = _MOVED_TO_WINDOW | {
     "significance": "test=sasa_optax.EquivalenceTest(significance=...)",
     "variance": "test=sasa_optax.EquivalenceTest(variance=...)",

@@ -1,4 +1,4 @@
-"""The averaged model: what is averaged, and how one gets at it."""
+"""The averaged model: what is averaged, and how to read it."""
 
 import functools
 from collections.abc import Callable
@@ -25,10 +25,10 @@ def _averaged(opt_state: Any, params: Any = None) -> Any:
 
 
 def _weights(steps: int, leak_ratio: float, min_horizon: float) -> np.ndarray:
-    """Of x_0, ..., x_steps in the average, written out; shape (steps + 1,)."""
+    """The weights of x_0, ..., x_steps in the average; shape (steps + 1,)."""
     k = np.arange(1, steps + 1)
     of_new = 1 / np.maximum(min_horizon, k / leak_ratio)
-    # What a weight is multiplied by until the end.
+    # A weight is multiplied by this until the end.
     kept = np.cumprod(np.append(1, (1 - of_new)[::-1]))[::-1]
     return kept * np.append(1, of_new)
 
@@ -173,7 +173,7 @@ def test_a_drop_leaves_the_average_as_it_is() -> None:
 def test_by_default_only_salsa_averages() -> None:
     for name, make in _WITH_AVERAGE.items():
         state = make().init(jnp.ones(2))
-        # The pair of an optimizer's own state and that of `average_iterates`.
+        # It is the pair of the optimizer's own state and that of `average_iterates`.
         averages = isinstance(state[-1], sasa_optax.AverageState)
         assert averages == ("salsa" in name)
 
@@ -206,13 +206,13 @@ def test_types(x64: None, dtype: str, of_average: str | None, kept: str) -> None
     params = optax.apply_updates(params, updates)
     actual = _averaged(new, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, params)
-    # What is not averaged is as it is.
+    # Integers are not averaged.
     expected = 2 if dtype == "int32" else 1 + 1 / 32
     assert complex(actual["x"][0]) == pytest.approx(expected, rel=1e-2)
 
 
 def test_it_does_not_stand_still_in_half_precision() -> None:
-    """Far beyond the horizon where an average in bfloat16 would not move any more."""
+    """An average in bfloat16 would have stopped moving long before."""
     optimizer = sasa_optax.average_iterates(leak_ratio=1)
     zero, one = jnp.zeros(1, jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
 
@@ -224,7 +224,7 @@ def test_it_does_not_stand_still_in_half_precision() -> None:
     assert float(_averaged(state)[0]) == pytest.approx(0.5, abs=1e-3)
 
 
-# Getting at it.
+# Reading it.
 
 
 def _taken(optimizer: Any, params: Any) -> tuple[Any, Any]:
@@ -276,7 +276,7 @@ def test_from_masked(mask: Any) -> None:
     actual = _averaged(state, params)
     chex.assert_trees_all_equal_structs(actual, params)
     np.testing.assert_allclose(actual["a"], _AFTER_ONE)
-    # In the place of what is not averaged, the parameters.
+    # The parameters stand in for what is not averaged.
     np.testing.assert_allclose(actual["b"]["c"], 0.0)
     with pytest.raises(ValueError, match="params is needed"):
         _averaged(state)
@@ -314,7 +314,7 @@ def test_the_centre_of_a_statistic_is_not_the_averaged_model() -> None:
         _averaged(state, params)
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_saved_run_goes_on_with_an_average() -> None:
     assert int(after.controller.step) == int(average.num_averaged) == 1
 
 
-# Faults.
+# Numbers that are not finite.
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -387,7 +387,7 @@ def test_what_is_not_finite_never_enters(bad: float) -> None:
     for gradient in ([1.0, 1.0], [1.0, bad], [0.0, bad]):
         params, state = take_step(update, jnp.array(gradient), state, params)
     average = _averaged(state)
-    # The bad coordinate stands where it was, and the other goes on.
+    # The average of the bad coordinate stays; the other moves on.
     assert float(average[1]) == pytest.approx(_AFTER_ONE)
     assert float(average[0]) < _AFTER_ONE
 

@@ -1,4 +1,4 @@
-"""A restored run goes on as if it had never stopped, bit for bit."""
+"""A restored run continues as if it had never stopped, bit for bit."""
 
 import functools
 import os
@@ -76,7 +76,7 @@ def _by_pickle(saved: Any, template: Any, folder: pathlib.Path) -> Any:
         pytest.param(_by_pickle, marks=_environment("pickle: bit for bit")),
     ],
 )
-# At the start, before any test, and among the drops.
+# These are the start, a step before any test, and one among the drops.
 @pytest.mark.parametrize("step", [0, 3, 11])
 @for_all
 def test_a_restored_run_is_the_same(

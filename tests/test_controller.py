@@ -1,4 +1,4 @@
-"""When a test runs, what a drop does, and what the state looks like throughout."""
+"""When a test runs, what a drop does, and what the state holds."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -171,7 +171,7 @@ def test_a_schedule_is_scaled_by_the_drops_and_may_go_below_the_floor() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scale_min_samples_keeps_the_rate_from_collapsing(scaled: bool) -> None:
-    """On a noisy quadratic, whose dynamics each cut makes ten times slower."""
+    """Each cut makes the dynamics on a noisy quadratic ten times slower."""
     window = sasa_optax.Window(min_samples=100, scale_min_samples=scaled)
     optimizer = sasa_optax.sasa_plus(5.0, window=window)
     curvatures, start = jnp.geomspace(0.01, 1.0, 20), jnp.ones(20)
@@ -326,11 +326,7 @@ class TestEveryOptimizer:
         if isinstance(make, functools.partial):
             factory, keywords = make.func, make.keywords
         args = () if name in ("reduce_on_stationarity", "slope") else (1.0,)
-        # Its default is an object that can be called, as schedules are.
-        static = ("test",) if name == "sasa" else ()
-        injected = optax.inject_hyperparams(factory, static_args=static)(
-            *args, **keywords, **SMALL
-        )
+        injected = optax.inject_hyperparams(factory)(*args, **keywords, **SMALL)
         plain, reference = small(name)
         params = jnp.ones(2)
         state, update = started(injected, params)
@@ -357,7 +353,7 @@ def test_a_result_has_its_step_under_both_names() -> None:
     assert sasa_optax.TestResult(at_step=7).step == 7
 
 
-# What chex annotates says nothing of what it returns.
+# The annotations of chex do not say that this can be called.
 _variants: Any = cast(Any, chex.variants)(
     with_jit=True, without_jit=True, with_device=True, without_device=True
 )
@@ -431,8 +427,8 @@ def test_momentum_sgd_with_the_controller_needs_no_temporary() -> None:
         compiled = jax.jit(step, donate_argnums=(0, 1))
         lowered = compiled.lower(params, optimizer.init(params), params)
         memory: Any = lowered.compile().memory_analysis()
-        # What is left is the window, laid out in order for the test. Before JAX 0.10,
-        # XLA lays out parameters, gradients and momentum once more as well.
+        # The window is laid out in order for the test. Before JAX 0.10, XLA also
+        # copies parameters, gradients and momentum.
         window = 16384 * 4
         older = 3 * size if jax.__version_info__ < (0, 10) else 0
         assert memory.temp_size_in_bytes < older + 8 * window < older + 0.5 * size

@@ -30,28 +30,28 @@ import sasa_optax
 GROUP = "3. Devices"
 NUM_DEVICES = 8
 NUM_STEPS = 12
-# Since JAX 0.6, when it came to know what varies inside.
+# From version 0.6 on, JAX tracks what varies inside `shard_map`.
 _IS_RECENT = hasattr(jax, "shard_map")
 _ROOT = pathlib.Path(__file__).parent.parent
 
 for_all = pytest.mark.parametrize("name", ALL)
 _environment = functools.partial(pytest.mark.environment, GROUP)
 
-# The first axes are what is sharded.
+# The first axis of each is sharded.
 _SHAPES = {"w": (16, 3), "v": (8, 2), "b": (8,)}
 START = {key: np.ones(shape, np.float32) for key, shape in _SHAPES.items()}
 _generator = np.random.default_rng(0)
-# By step and by device, of a batch with one example for each.
+# By step and by device. The batch has one example for each device.
 NOISE = {
     key: _generator.normal(size=(NUM_STEPS, NUM_DEVICES, *shape)).astype(np.float32)
     for key, shape in _SHAPES.items()
 }
 
-# Those that keep a window, and so come to a test.
+# The optimizers that keep a window, and so run tests.
 _TESTING = [
     name for name in ALL if "ssls" not in name and name not in (*PLAIN, *SERVOS)
 ]
-# And what each is compared with: the same step without our controller.
+# The same steps without our controller, for comparison.
 _INNER: dict[str, optax.GradientTransformation] = {
     "sasa_plus": optax.sgd(0.1, momentum=0.9),
     "sasa": optax.sgd(0.1, momentum=0.9),
@@ -70,7 +70,7 @@ def make(name: str, **arguments: Any) -> Any:
 
 
 def _step(optimizer: Any, params: Any, state: Any, noise: Any, **extra: Any) -> Any:
-    """On a quadratic, so that the dynamics become stationary."""
+    """A step on a quadratic, on which the dynamics become stationary."""
     grads = jax.tree.map(lambda e, x: e.mean(0) + 0.1 * x, noise, params)
     updates, state = optimizer.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
@@ -88,7 +88,7 @@ def _run(
 
 
 def decisions(state: Any) -> dict[str, float]:
-    """What must be equal but for rounding; empty for `qhm`, which decides nothing."""
+    """The decisions, equal except for rounding; empty for `qhm`, which makes none."""
     fields = [field for field in DECISIONS if field not in ("last_test", "progress")]
     found = {field: optax.tree.get(state, field) for field in fields}
     test = optax.tree.get(state, "last_test")
@@ -98,7 +98,7 @@ def decisions(state: Any) -> dict[str, float]:
 
 
 def numbers(params: Any, state: Any) -> dict[str, Any]:
-    """What differs by the order of the sums, on the host."""
+    """The numbers that depend on the order of summation, on the host."""
     window = optax.tree.get(state, "window")
     samples = {} if window is None else {"samples": window.buffer}
     progress = optax.tree.get(state, "progress")
@@ -108,7 +108,7 @@ def numbers(params: Any, state: Any) -> dict[str, Any]:
 
 @functools.cache
 def _expected(name: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """On one device."""
+    """The numbers and decisions of a run on one device."""
     optimizer = make(name)
     params = jax.tree.map(jnp.asarray, START)
     step = jax.jit(functools.partial(_step, optimizer))
@@ -123,7 +123,7 @@ def _assert_as_expected(actual: tuple[Any, Any], name: str) -> None:
 
 def _assert_equal(actual: tuple[Any, Any], name: str) -> None:
     expected = _expected(name)
-    # Samples are differences of larger numbers.
+    # Samples are differences of larger numbers, hence the absolute tolerance.
     chex.assert_trees_all_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
     assert actual[1] == pytest.approx(expected[1], rel=1e-6)
 
@@ -192,7 +192,7 @@ def test_pmap(name: str) -> None:
     "data parallel by `pmap`, with `pmean` of the gradients", "adapt_on_progress"
 )
 def test_the_loss_is_averaged_over_the_examples(by: str) -> None:
-    """Each device has the loss of its own examples; all must see the mean of them."""
+    """Each device has the loss of its own examples, and must see the mean of all."""
     optimizer = make("adapt_on_progress")
 
     def loss(params: Any, noise: Any) -> jax.Array:
@@ -243,7 +243,7 @@ def test_the_loss_is_averaged_over_the_examples(by: str) -> None:
 
 
 def _state_like(optimizer: Any, state: Any, of_params: Any, of_others: Any) -> Any:
-    """A tree like the state: what is like the parameters gets what they get."""
+    """The state with these values in place of what is like the parameters, or not."""
     return optax.tree.map_params(
         optimizer,
         lambda _, of_param: of_param,
@@ -254,7 +254,7 @@ def _state_like(optimizer: Any, state: Any, of_params: Any, of_others: Any) -> A
 
 
 def _fully_sharded(name: str, mesh: Mesh) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """Parameters, state, and what puts the noise where they are."""
+    """The parameters, the state, and a function that shards the noise likewise."""
     params = jax.device_put(START, NamedSharding(mesh, P("fsdp")))
     of_noise = NamedSharding(mesh, P(None, "fsdp"))
     put = functools.partial(jax.device_put, device=of_noise)
@@ -305,7 +305,7 @@ def _shard_map(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -
     arguments = {"mesh": mesh, "in_specs": specs, "out_specs": out_specs}
     if _IS_RECENT:
         return jax.shard_map(step, **arguments, check_vma=check)
-    # Its home before JAX 0.6.
+    # JAX had it here before version 0.6.
     module = importlib.import_module("jax.experimental.shard_map")
     return module.shard_map(step, **arguments, check_rep=check)
 
@@ -313,7 +313,7 @@ def _shard_map(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -
 def _make_parallel(
     name: str, loss: Callable[[Any], jax.Array], axis_name: Any = "fsdp"
 ) -> Any:
-    """As `make`, inside `shard_map`, where a loss needs a sum over the devices."""
+    """As `make`, for `shard_map`, where a loss needs a sum over the devices."""
     if name in PLAIN:
         return make(name)
     if name in SERVOS:
@@ -405,7 +405,7 @@ def test_shard_map_over_two_axes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sasa", "sasa_plus"])
 def test_shard_map_without_axis_name_is_refused(name: str) -> None:
-    """By JAX, since each device would have decided for itself."""
+    """JAX refuses it because each device would decide by itself."""
     _skip_unless_varying_axes_are_known()
     with pytest.raises(TypeError, match="cond branches must have equal"):
         _assert_sharded_by_hand(make(name), name, _line(), _SHARDED, check=True)
@@ -415,7 +415,7 @@ def test_shard_map_without_axis_name_is_refused(name: str) -> None:
 
 
 def _given_a_loss(optimizer: Any) -> Any:
-    """So that none is computed, which would send something too."""
+    """The optimizer with a constant loss. To compute a loss would send something."""
     return _with_extra(
         optax.with_extra_args_support(optimizer), lambda *_: {"value": jnp.float32(1)}
     )
@@ -425,7 +425,7 @@ _COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permu
 
 
 def _sent(step: Any, *args: Any) -> list[str]:
-    """The collectives of the compiled step, none of which may return an array."""
+    """The collectives of the compiled step. None of them may return an array."""
     text = step.lower(*args).compile().as_text()
     found = re.findall(rf"= (.*) ({_COLLECTIVES})(?:-start)?\(", text)
     for shapes, _ in found:
@@ -449,7 +449,7 @@ def test_what_is_sent_by_jit(name: str) -> None:
     assert sent(inner, inner.init(params)) == []
     kinds = sent(make(name), state)
     assert set(kinds) == {"all-reduce"}
-    # On CPUs the XLA of JAX 0.5 does not merge them: there is one for each number.
+    # With JAX 0.5, XLA does not merge them on CPUs: there is one for each number.
     assert len(kinds) == 1 or not _IS_RECENT
 
 
@@ -542,7 +542,7 @@ def _outputs_of_two_processes() -> list[dict[str, Any]]:
             process.wait()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
-    # The collectives' library reports to the same stream, before.
+    # The library of the collectives writes to the same stream, before this line.
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 

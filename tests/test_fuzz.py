@@ -1,4 +1,4 @@
-"""Whatever comes: random arguments, trees and steps, good and bad.
+"""Random arguments, trees and steps, good and bad.
 
 The arguments are traced, so that all examples of a tree share one compilation. What the
 window and the rate must be is counted in plain Python.
@@ -37,7 +37,7 @@ _FALLING = [
     "scale_by_sasa_plus",
     "reduce_on_stationarity",
 ]
-# Where it is not the zero-mean test.
+# The tests of those that do not use the zero-mean test.
 _TESTS: dict[str, Any] = {
     "sasa": sasa_optax.EquivalenceTest,
     "slope": sasa_optax.SlopeTest,
@@ -56,7 +56,7 @@ arguments = st.fixed_dictionaries(
         "scale_min_samples": st.booleans(),
     }
 )
-# At each step: a good one, or what its gradients are filled with.
+# Each step is a good one, or its gradients are filled with this number.
 steps = st.lists(
     st.sampled_from([None] * 8 + [np.nan, np.inf, -np.inf, 0.0, 1e30]),
     min_size=_STEPS,
@@ -88,7 +88,7 @@ def _update(optimizer: Any, grads: Any, state: Any, params: Any) -> Any:
 
 @functools.cache
 def _runs(name: str, **static: Any) -> Callable[..., Any]:
-    """From traced arguments to the updates and the state after each step."""
+    """A function of traced arguments that gives the updates and states of all steps."""
 
     @jax.jit
     def run(arguments: Any, params: Any, seed: Any, fills: Any, is_bad: Any) -> Any:
@@ -200,7 +200,7 @@ servo_arguments = st.fixed_dictionaries(
         "age": st.sampled_from([0, 100, 1000, 2**31 - 30]),
     }
 )
-# At each step what the loss is multiplied with, and what the gradients are.
+# At each step, the loss and the gradients are multiplied by these numbers.
 servo_steps = st.lists(
     st.tuples(
         st.sampled_from([1.0] * 8 + [np.nan, np.inf, -np.inf, 0.0, -10.0, 100.0, 1e38]),
@@ -213,7 +213,7 @@ servo_steps = st.lists(
 
 @functools.cache
 def _servo_runs(name: str) -> Callable[..., Any]:
-    """From traced arguments to the states before and after each step."""
+    """A function of traced arguments that gives the states before and after steps."""
 
     @jax.jit
     def run(arguments: Any, params: Any, seed: Any, losses: Any, fills: Any) -> Any:
@@ -241,7 +241,7 @@ def _servo_runs(name: str) -> Callable[..., Any]:
                 updates, state, params, value=loss * squares(params)
             )
             moved = optax.apply_updates(params, updates)
-            # Nor may they overflow.
+            # The parameters must not overflow either.
             params = jax.tree.map(lambda x: jnp.clip(x.real, -1e3, 1e3), moved)
             params = jax.tree.map(lambda x, m: x.astype(m.dtype), params, moved)
             return (params, new), (updates, new)
@@ -294,10 +294,10 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
     )
     is_cut = is_overshoot | is_brake
     assert not np.any(is_overshoot & is_brake)
-    # What is not finite is missed; of what is, only what is too large to be squared.
+    # A loss counts as missed if it is not finite, or too large to be squared.
     assert np.all(is_missed[~np.isfinite(losses)])
     assert not np.any(is_missed & (np.abs(losses) <= 100))
-    # At the end of int32 all steps have the same number.
+    # At the end of int32, all steps have the same number.
     is_counted = steps < 2**31 - 1
     np.testing.assert_array_equal(
         (states.last_cut == steps) & is_counted, is_cut & is_counted
@@ -310,8 +310,8 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
     rises = ratios > 1
     assert not np.any(rises & (is_cut | is_missed))
     assert np.all(scales[1:] <= np.maximum(states.ceiling, lowest) * (1 + 1e-6))
-    # Each rise is recorded, and nothing else; a cut forgets it. A walk begins anew
-    # where the parameters return. Before it is long enough only a cut lowers the rate.
+    # Only rises are recorded, and a cut forgets them. A walk restarts where the
+    # parameters return. Until it is long enough, only a cut lowers the rate.
     last_rise, num_walked = 0, int(first.measured.num_walked)
     for k, step in enumerate(steps):
         last_rise = step if rises[k] else 0 if is_cut[k] else last_rise
@@ -321,7 +321,7 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
         assert states.measured.num_walked[k] == num_walked
     fell = (ratios < 1) & ~is_cut
     assert np.all(states.measured.num_walked[fell] >= _adapt._MIN_STEPS)
-    # Progress is kept where they return.
+    # Progress stays the same where the parameters return.
     progress = np.append(first.measured.progress, states.measured.progress)
     returns = is_brake | is_missed
     np.testing.assert_array_equal(progress[1:][returns], progress[:-1][returns])
@@ -335,7 +335,7 @@ def test_the_line_search(
     if name == "ssls":
         arguments = {"floor": arguments["floor"]}
     states = _history(name, kind, arguments, fills, seed)
-    # The state of SALSA is the pair of this and that of an average.
+    # For SALSA, an average is kept beside this state.
     search = states if name == "ssls" else states[0]
     rates = np.concatenate([[1.0], search.controller.learning_rate])
     assert rates.min() > 0

@@ -16,7 +16,7 @@ _GRADS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 
 
 def _traces(grads: np.ndarray) -> np.ndarray:
-    """The average h after each step, in NumPy."""
+    """The average h after each step, computed by NumPy."""
     h, traces = np.zeros(grads.shape[1]), []
     for g in grads:
         h = (1 - _BETA) * g + _BETA * h
@@ -46,7 +46,7 @@ def _compiled(name: str) -> tuple[Any, Any]:
 def _run(
     optimizer: Any, update: Any, grads: np.ndarray, losses: np.ndarray
 ) -> list[Any]:
-    """The states after each step at parameters that stay where they are."""
+    """The states after each step, at parameters that stay the same."""
     params = jnp.ones(3)
     state, states = optimizer.init(params), []
     for g, loss in zip(grads, losses, strict=True):
@@ -55,7 +55,7 @@ def _run(
     return states
 
 
-# At the first steps the window is empty, as it is after a drop.
+# During the first steps the window is empty, as it is after a drop.
 _MISSING = {
     "from the start": [0, 1, 2, 3],
     "now and then": [2, 5, 6, 9],
@@ -68,7 +68,7 @@ _MISSING = {
 def test_a_sample_that_is_missing_does_not_restart_momentum(
     name: str, missing: list[int]
 ) -> None:
-    """Neither a loss that is NaN does, nor a statistic that returns NaN to skip."""
+    """A loss may be NaN, and a statistic may return NaN to skip a sample."""
     losses = np.ones(12)
     losses[missing] = np.nan
     states = _run(*_compiled(name), _GRADS, losses)
@@ -91,7 +91,7 @@ def test_momentum_restarts_after_a_drop_and_only_then() -> None:
 
 
 def test_a_drop_makes_momentum_forget_what_is_not_finite() -> None:
-    """A gradient was NaN, and the loss, which SLOPE watches, was not."""
+    """SLOPE tests losses, which may be finite where a gradient was not."""
     optimizer = sasa_optax.slope(1.0, momentum=_BETA, test=always_stationary, **SMALL)
     grads = _GRADS[:8].copy()
     grads[2] = [np.nan, np.inf, -np.inf]

@@ -1,4 +1,4 @@
-"""The objects that hold options: frozen, and trees whose numbers may be traced."""
+"""The objects that hold options are frozen trees, whose numbers may be traced."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def _after_a_run(optimizer: optax.GradientTransformationExtraArgs) -> Any:
     return jax.lax.scan(step, (params, optimizer.init(params)), _NOISE)[0]
 
 
-# The object with a value of one of its fields, and the run that it belongs to.
+# The object made from a value of the field, a run with this object, and the values.
 _FIELDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], list[Any]]] = {
     "ZeroMeanTest.significance": (
         lambda x: sasa_optax.ZeroMeanTest(significance=x),
@@ -116,13 +116,13 @@ def test_they_are_frozen_trees_of_their_numbers(options: Any) -> None:
         options.significance = 0.5
     leaves, structure = jax.tree.flatten(options)
     assert jax.tree.unflatten(structure, leaves) == options
-    # What fixes shapes or chooses code is no leaf.
+    # A field that fixes shapes or chooses code is no leaf.
     assert leaves
     assert all(type(x) in (int, float) for x in leaves)
     assert 16384 not in leaves
 
 
-# `optax.inject_hyperparams` takes what can be called for a schedule.
+# `optax.inject_hyperparams` takes every argument that can be called for a schedule.
 
 _TESTS = [
     sasa_optax.ZeroMeanTest(),

@@ -43,7 +43,7 @@ def test_it_records_the_same_where_leaves_are_computed_in_groups() -> None:
     assert process.returncode == 0, process.stderr
     output = json.loads(process.stdout)
     assert output["num_groups"] == 3
-    # Sums of three million numbers in single precision.
+    # These are sums of three million numbers in single precision.
     np.testing.assert_allclose(output["actual"], output["expected"], rtol=1e-3)
     assert len(set(np.round(output["actual"]))) == 4
 
@@ -126,5 +126,5 @@ def test_the_update_reduces_nothing_else_than_what_is_to_be_multiplied(
 ) -> None:
     assert _num_reductions(sasa_optax.qhm(0.1)) == 0
     optimizer = sasa_optax.sasa_plus(0.1, statistic=statistic)
-    # For each of the two parameters.
+    # There are two parameters.
     assert _num_reductions(optimizer) == 2 * num_products

@@ -1,4 +1,4 @@
-"""What a user meets first: the README's code, the import, the package's promises."""
+"""The code of the README, the import, and the promises of the package."""
 
 import importlib.metadata
 import inspect
@@ -34,7 +34,7 @@ def test_the_code_in_the_readme_runs(
     text = (_ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 3
-    # The first block is the reader's loop: what is the reader's own comes from here.
+    # The first block is the reader's loop. What the reader has is defined here.
     names: dict[str, Any] = {
         "params": jnp.zeros(5),
         "batches": jax.random.normal(jax.random.key(0), (400, 5)) + 1,
@@ -74,7 +74,7 @@ print(*sorted(new - set(sys.stdlib_module_names)))
 def test_the_public_names_exist_and_are_documented() -> None:
     assert len(_PUBLIC) > 40
     for name, public in _PUBLIC.items():
-        # This one is a type of functions.
+        # This is a type of functions, which has no docstring.
         if name != "StationarityTest":
             assert public.__doc__, name
     for name in ("adapt_on_progress", "qhm", "sasa", "reduce_on_stationarity"):

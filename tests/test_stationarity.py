@@ -1,4 +1,4 @@
-"""The tests for stationarity: what says nothing, and which arguments are taken."""
+"""The tests for stationarity: windows that say nothing, and bad arguments."""
 
 import math
 from collections.abc import Callable
@@ -70,9 +70,9 @@ def test_slope_of_a_perfect_line(dtype: np.dtype, sign: int, log_steps: bool) ->
     assert result.stationary == (sign > 0)
 
 
-# What says nothing.
+# Windows that say nothing.
 
-# Called as everywhere, so that nothing is compiled again.
+# These are called as in all other tests, so that nothing is compiled again.
 JITTED: dict[str, StationarityTest] = {
     "zero_mean-iid": lambda s: zero_mean(s, "iid", 0.05),
     "zero_mean-batch": lambda s: zero_mean(s, "batch_means", 0.05),

@@ -1,4 +1,4 @@
-"""The statistics, against their definitions and against closed forms."""
+"""The statistics, compared with their definitions and with closed forms."""
 
 import functools
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def test_yaida_statistic_follows_its_definition() -> None:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["sasa", "sasa_plus"])
 def test_statistics_have_mean_zero_at_stationarity(name: str) -> None:
-    """Noisy gradients of a quadratic, long after the start; 5 standard errors."""
+    """A long run on a noisy quadratic. The mean may be off by 5 standard errors."""
     make = getattr(sasa_optax, name)
     optimizer = make(0.2, momentum=0.5, test=never_stationary)
     curvature = jnp.array([0.3, 1.0, 2.0])
@@ -187,8 +187,8 @@ def _transition(x: Any, direction: Any, rate: float) -> sasa_optax.Transition:
 
 
 def _centred_at(centre: Any, weight: float) -> sasa_optax.AverageState:
-    """A centre that the next iterate enters with this weight, one of at most 1/32."""
-    # The weight of the step k + 1 is 2 / (k + 1).
+    """A centre that the next iterate enters with this weight, at most 1/32."""
+    # The weight at step k + 1 is 2 / (k + 1).
     return sasa_optax.AverageState(jnp.int32(2 / weight - 1), jnp.asarray(centre))
 
 
@@ -218,7 +218,7 @@ def test_centred_statistic_is_the_change_of_the_squared_distance(
 
 @pytest.mark.usefixtures("x64")
 def test_centred_statistic_measures_from_what_the_state_averages() -> None:
-    """A whole run of the optimizer, with c written out as the newest half."""
+    """In a whole run, the centre averages over the newest half of the iterates."""
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _PARAMS)
     optimizer = sasa_optax.sasa_plus(0.1, statistic="centred", test=never_stationary)
     trajectory, state = _run(optimizer, params, 80)
@@ -238,14 +238,14 @@ def test_centred_statistic_measures_from_what_the_state_averages() -> None:
 def test_the_scale_is_the_noise_of_the_gradient(
     make: Callable[..., sasa_optax.Statistic], momentum: float, nu: float
 ) -> None:
-    """Whatever the momentum: the direction's answer to a unit impulse, squared."""
+    """White noise in the gradients reaches the direction through its response."""
     gradients = np.append(1.0, np.zeros(999))
     h, answer = 0.0, []
     for g in gradients:
         h = (1 - momentum) * g + momentum * h
         answer.append((1 - nu) * g + nu * h)
     direction = np.array([np.sqrt(np.sum(np.square(answer)))], np.float32)
-    # Such that the step ends at the centre, and nothing lags.
+    # The step ends at the centre, so nothing lags.
     transition = _transition(direction, direction, 1.0)
     statistic = make(momentum, nu)
     state = statistic.init(jnp.zeros(1))
@@ -281,7 +281,7 @@ def test_each_statistic_names_the_test_that_it_is_meant_for(
 
 @pytest.mark.parametrize("shift", [4096.0, -(2.0**16)])
 def test_centred_statistic_is_exactly_invariant_under_translation(shift: float) -> None:
-    """In numbers that are exact, and so is all that is made of them here."""
+    """All numbers here, and their sums and products, are exact in float32."""
     x, c, d = np.random.default_rng(0).integers(-8, 8, (3, 9)).astype(np.float32) / 8
     statistic = sasa_optax.centred_statistic()
     here = _sampled(statistic, _transition(x, d, 0.5), _centred_at(c, 1 / 64))
@@ -296,7 +296,7 @@ def test_centred_statistic_is_exactly_invariant_under_translation(shift: float) 
 
 @functools.cache
 def _far(distance: float) -> Any:
-    """The window after 20,000 steps on a quadratic, from its optimum."""
+    """The window after 20,000 steps on a quadratic, with its optimum at a distance."""
     optimizer = sasa_optax.sasa_plus(
         0.2, 0.5, statistic="centred", test=never_stationary
     )
@@ -355,13 +355,13 @@ def test_its_scale_at_stationarity_is_the_closed_form(horizon: int) -> None:
     lag = (1 - (1 - weight) ** 2) / (2 * rate) * distance
     expected = rate / 2 * (curvature**2 * variance + 1) - 3 * lag
     assert float(samples.scale.mean()) == pytest.approx(expected, rel=0.03)
-    # The lag is about the relaxation time over the horizon, of the noise.
+    # Relative to the noise, the lag is about the relaxation time over the horizon.
     if horizon == 500:
         assert lag / (rate / 2) == pytest.approx(1 / (rate * curvature * horizon), 0.1)
 
 
 def _drifting(velocity: Any, **arguments: Any) -> Any:
-    """After 12,000 steps of noise and a velocity, a function of the step."""
+    """The end of 12,000 steps of noise, with a velocity that depends on the step."""
     window = sasa_optax.Window(min_samples=200)
     optimizer = sasa_optax.sasa_plus(
         0.1, statistic="centred", window=window, **arguments
@@ -385,14 +385,14 @@ def _drifting(velocity: Any, **arguments: Any) -> Any:
 def test_under_a_steady_drift_the_centre_lags_and_nothing_fires() -> None:
     x, state = _drifting(lambda k: 0.03)
     assert int(state.num_drops) == 0
-    # By a third of the way: the weights of the newest half grow with the step.
+    # It lags by a third of the way, as the weights of the newest half grow.
     lag = np.asarray(x - state.statistic.averaged)
     np.testing.assert_allclose(lag, 12_000 * 0.03 / 3, rtol=0.1)
 
 
 @pytest.mark.usefixtures("x64")
 def test_a_drift_at_constant_distance_is_seen_by_the_lag_alone() -> None:
-    """At a/k steps the centre stays behind by a/2, and the value's mean is zero."""
+    """With steps of a/k, the centre stays behind by a/2 and the value has mean zero."""
     fooled = _drifting(lambda k: 20 / k, test="zero_mean")[1]
     assert int(fooled.num_drops) > 0
     x, state = _drifting(lambda k: 20 / k)

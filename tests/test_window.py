@@ -1,4 +1,4 @@
-"""The leaky window against a plain list."""
+"""The leaky window, compared with a plain list."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ INT32_MAX = 2**31 - 1
 
 
 class Run(NamedTuple):
-    """Some samples to keep, then some to skip, then perhaps an empty window."""
+    """Samples to keep, then samples to skip. After them the window may be emptied."""
 
     num_kept: int
     num_skipped: int
     clear: bool
 
 
-# Runs rather than single steps: only long histories fill a window.
+# Histories are made of runs, because only long histories fill a window.
 histories = st.lists(
     st.builds(Run, st.integers(0, 80), st.integers(0, 3), st.booleans()), max_size=8
 )
@@ -75,7 +75,7 @@ def test_window_is_the_newest_part_of_a_list(
     keep, clear = flags(history)
     numbers = np.arange(1, STEPS + 1, dtype=np.float32)
     samples = np.stack([numbers, -numbers][:width], axis=1)
-    # What is not kept must leave no trace, not even when it is not a number.
+    # A sample that is not kept must leave no trace, even if it is not a number.
     samples[~keep] = np.nan
     shown = jax.device_get(replay(capacity, samples, keep, clear, leak_ratio))
 

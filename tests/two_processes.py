@@ -1,4 +1,4 @@
-"""One of two processes, four devices each, that train what `test_devices` compares.
+"""One of two processes with four devices each, whose result `test_devices` compares.
 
 Usage: python two_processes.py ADDRESS_OF_THE_COORDINATOR INDEX_OF_THIS_PROCESS
 """
@@ -17,7 +17,7 @@ def main(address: str, index: int) -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=index)
-    # No array may exist before, and these make some as they are imported.
+    # This import makes arrays, and none may exist before the initialization.
     from test_devices import TWO_PROCESSES, decisions, numbers, run_fully_sharded
 
     mesh = Mesh(jax.devices(), ("fsdp",))

@@ -1,4 +1,4 @@
-"""What is not finite, or does not move, is no evidence and does no harm."""
+"""Numbers that are not finite, and steps of zero, are no evidence and do no harm."""
 
 import functools
 from typing import Any
@@ -80,7 +80,7 @@ def test_gradients_of_zero(name: str) -> None:
 @_faulty("gradients of zero are no evidence")
 @for_all_servos
 def test_updates_of_zero(name: str) -> None:
-    """Of a run that never moved, or of one that has come to stand still."""
+    """The run has never moved, or it comes to a standstill."""
     optimizer, update = small(name)
     params = jnp.asarray(START)
     new = optimizer.init(params)
@@ -98,7 +98,7 @@ def test_updates_of_zero(name: str) -> None:
 
 
 def _assert_finite(state: Any) -> None:
-    """Except for the ceiling, which is infinite before the first cut."""
+    """All is finite except for the ceiling, which is infinite before the first cut."""
     if optax.tree.get(state, "ceiling") is not None:
         assert float(optax.tree.get(state, "ceiling")) > 0
         state = optax.tree.set(state, ceiling=jnp.zeros(()))
@@ -203,7 +203,7 @@ def test_a_constant_loss(name: str, loss: float) -> None:
 
     def step(carry: Any, noise: jax.Array) -> Any:
         params, state = carry
-        # A straight line, along which the rate would rise.
+        # The parameters move along a straight line, where the rate would rise.
         grads = jnp.ones(2) + noise
         value = jnp.float32(loss)
         carry = take_step(optimizer.update, grads, state, params, value=value)
@@ -231,7 +231,7 @@ def test_counters_of_servos_at_their_end(name: str) -> None:
     if name == "adapt_on_progress":
         fields = ("num_losses", "num_missed", "num_nonfinite")
         state = optax.tree.set(state, **dict.fromkeys(fields, end))
-        # Nothing is lost: a brake would count the losses anew.
+        # The best loss is that of now. Otherwise a brake would restart the count.
         state = optax.tree.set(state, best=optax.tree.get(state, "fast"))
     for loss in (1.0, 1.0, np.nan):
         value = jnp.float32(loss)
@@ -265,7 +265,7 @@ def test_counters_at_their_end(name: str) -> None:
     _, after = update(jnp.full(2, np.nan), after, params)
     leaves = jax.tree_util.tree_leaves_with_path(after)
     counts = [int(x) for path, x in leaves if is_counter(path, x)]
-    # A drop may have emptied the window; none has passed the end and become negative.
+    # A drop may have emptied the window. No counter became negative.
     assert set(counts) <= {0, int(end)}
     assert int(optax.tree.get(after, "step")) == int(end)
     chex.assert_tree_all_finite(without_momentum(after))

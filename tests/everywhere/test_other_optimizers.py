@@ -1,4 +1,4 @@
-"""What follows one of optax's own optimizers measures its steps rightly."""
+"""The steps of all of optax's own optimizers are measured correctly."""
 
 import functools
 import inspect
@@ -16,9 +16,9 @@ import sasa_optax
 
 _wrapped = functools.partial(pytest.mark.environment, "4. optax")
 
-# Of optax's own all but schedule_free, which finds its average in the parameters as if
-# they had moved by all of its last update, and differentially private SGD, which wants
-# the gradients of single examples.
+# Two of optax's own are left out. schedule_free takes for granted that the parameters
+# moved by the whole of its last update, and differentially private SGD needs the
+# gradients of single examples.
 _OTHERS = [
     *("adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw"),
     *("adamw", "adan", "amsgrad", "fromage", "lamb", "lars", "lbfgs", "lion", "nadam"),
@@ -54,7 +54,7 @@ def _start_for_others() -> Any:
 
 
 def _moved(optimizer: Any, other: str, params: Any, state: Any) -> Any:
-    """The updates of an optimizer in which one of optax's stands, and its state."""
+    """The updates and the state of an optimizer that contains one of optax's."""
     value, grads = jax.value_and_grad(_loss_for_others)(params)
     extra = {"value": value, "grad": grads, "value_fn": _loss_for_others}
     of_sophia = extra | {"obj_fn": _loss_for_others}
@@ -71,7 +71,7 @@ _after_others = functools.partial(
 @_after_others("reduce_on_stationarity")
 @for_all_others
 def test_reduce_on_stationarity_after_any_optimizer(other: str) -> None:
-    """The statistic is the change of the squared norm; the scale that of the step."""
+    """The statistic is the change of the squared norm."""
     window = sasa_optax.Window(min_samples=4, max_window=8)
     controller = sasa_optax.reduce_on_stationarity(test=never_stationary, window=window)
     optimizer = optax.chain(_other(other), controller)
@@ -95,7 +95,7 @@ def test_reduce_on_stationarity_after_any_optimizer(other: str) -> None:
 def _progress_of(
     iterates: list[Any], updates: list[Any], momentum: float, age: int
 ) -> list[float]:
-    """After each step, in NumPy, by the formulas of `measure_progress`.
+    """Progress after each step, computed by NumPy as `measure_progress` defines it.
 
     The average is x_0 at first, ``age`` steps before which nothing moved.
     """
@@ -117,11 +117,11 @@ def _progress_of(
     return progress
 
 
-# Of any age, and with momentum or without.
+# Some have momentum, and some begin in the middle of a run.
 @_after_others(*SERVOS)
 @for_all_others
 def test_progress_after_any_optimizer(other: str) -> None:
-    """Progress is that of the iterates; the step that of the optimizer, scaled."""
+    """Progress is that of the iterates, and the step is the scaled one of optax."""
     momentum, age = (0.9, 0) if len(other) % 2 else (0.5, 1000)
     servo = sasa_optax.adapt_on_progress(momentum)
     inner = _other(other)
@@ -135,7 +135,7 @@ def test_progress_after_any_optimizer(other: str) -> None:
         updates, state = _moved(optimizer, other, params, state)
         return optax.apply_updates(params, updates), state, updates, wanted
 
-    # What is optax's own may have fields of the same names.
+    # The state of optax's own may have fields of the same names.
     first, *ours = (part.init(params) for part in (inner, servo, measure))
     ours = optax.tree.set(ours, num_averaged=jnp.full((), age, jnp.int32))
     ours = optax.tree.set(ours, scale=jnp.full((), 0.5))
@@ -149,7 +149,7 @@ def test_progress_after_any_optimizer(other: str) -> None:
         iterates.append(params)
         moves.append(updates)
         *_, expected = _progress_of(iterates, moves, momentum, age)
-        # Of steps that are tiny beside the parameters much is rounded off.
+        # Steps that are tiny beside the parameters lose digits to rounding.
         length = max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(moves))
         rel = 1e-3 + 1e-6 / max(length, 1e-6)
         for servo_state in state[1:]:

@@ -1,4 +1,4 @@
-"""What happens in the plain loop that all else is compared with."""
+"""The plain loop, which all else is compared with, makes decisions of every kind."""
 
 import optax
 import pytest
@@ -19,7 +19,7 @@ def test_what_is_expected_comes_from_rates_that_rose_and_were_cut(
     decisions = decided(run_plainly("adapt_on_progress", num_steps)[1])
     assert int(decisions["num_overshoots"]) == 1
     assert int(decisions["num_brakes"]) == 1
-    # And has risen again, up to what a ceiling allows.
+    # Then it has risen again, up to what the ceiling allows.
     assert int(decisions["last_rise"]) == (0 if num_steps == 8 else 200 + num_steps)
     for name in SERVOS:
         assert float(decided(run_plainly(name)[1])["progress"]) > 1.5

@@ -93,7 +93,7 @@ def test_donated_and_compiled_ahead_of_time(name: str) -> None:
     compiled = step.lower(params, state, NOISE[0]).compile()
     for noise in NOISE:
         old = params, optax.tree.get(state, "window"), optax.tree.get(state, "trace")
-        # It takes exactly the types and shapes that it was compiled for.
+        # This takes only the types and shapes that it was compiled for.
         params, state = compiled(params, state, noise)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert_as_in_a_loop((params, state), name)

@@ -58,7 +58,7 @@ def test_types_and_shapes_never_change(name: str, kind: str, x64: None) -> None:
 @_typed("scalars")
 @for_all
 def test_a_tree_of_everything(name: str) -> None:
-    """It moves as the same numbers in one array of single precision."""
+    """The tree moves as the same numbers in one array of single precision do."""
     optimizer, update = small(name)
     start = jnp.ones(8)
     grads = 0.25 * jnp.arange(-3.0, 5.0)

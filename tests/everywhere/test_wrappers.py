@@ -34,7 +34,7 @@ def test_chains(name: str) -> None:
     if name not in PLAIN and name != "measure_progress":
         scale = optax.tree.get(state, "scale")
         expected = float(optax.tree.get(run_plainly(name)[1], "scale"))
-        # Where it is not a power of the factor, rounding counts.
+        # A scale that is no power of the factor depends on rounding.
         assert float(scale) == pytest.approx(expected, rel=1e-6 * (name in SERVOS))
 
 
@@ -45,7 +45,7 @@ def test_multi_steps(name: str) -> None:
     params = jnp.asarray(START)
     state, update = started(optimizer.gradient_transformation(), params)
     for noise in NOISE[:12]:
-        # Twice the same, less and more.
+        # The mean of the two is the gradient.
         for part in (0.5, 1.5):
             grads = part * grads_at(noise, params)
             moved, state = take_step(update, grads, state, params)
@@ -112,7 +112,7 @@ def test_frozen(name: str) -> None:
 @_wrapped("`lookahead`, around it")
 @for_all
 def test_lookahead(name: str) -> None:
-    """The fast parameters are its own; slow ones that go all the way change nothing."""
+    """With slow parameters that take each step in full, nothing changes."""
     optimizer = optax.lookahead(small(name)[0], sync_period=4, slow_step_size=1.0)
     params = optax.LookaheadParams.init_synced(jnp.asarray(START))
     state, update = started(optimizer, params)
@@ -124,7 +124,7 @@ def test_lookahead(name: str) -> None:
 @_wrapped("`tree.map_params`")
 @for_all
 def test_map_params(name: str) -> None:
-    """It tells what is like the parameters, momentum and averages, from all else."""
+    """Momentum and averages are like the parameters, and nothing else is."""
     optimizer, _ = small(name)
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
     state = optimizer.init(params)
@@ -163,7 +163,7 @@ def test_recovery_is_exact_after_apply_if_finite(name: str) -> None:
 @_wrapped("`lookahead`, around it")
 @pytest.mark.parametrize("name", ["adapt_on_progress"])
 def test_lookahead_hides_the_loss(name: str) -> None:
-    """It passes no extra arguments on, and without the loss the scale only falls."""
+    """Lookahead passes no loss on, and without a loss the scale only falls."""
     alone = getattr(sasa_optax, name)(0.0)
     inner = optax.chain(optax.sgd(0.1), alone)
     params: Any = optax.LookaheadParams.init_synced(jnp.asarray(START))

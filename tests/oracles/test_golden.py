@@ -1,4 +1,4 @@
-"""The traces of the authors' own package, statopt, reproduced step by step."""
+"""Step by step, the traces of statopt, which is the package of the authors."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def _load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return trace, json.loads(str(trace.pop("meta")))
 
 
-# statopt's arguments under our names, by the object that has them as a field.
+# Our names for the arguments of statopt, by the object that has them as a field.
 _OF_OPTIMIZER = {
     "lr": "learning_rate",
     "momentum": "momentum",
@@ -78,7 +78,7 @@ def _run(
     meta: dict[str, Any],
     see: Callable[[Any], Any] = lambda state: None,
 ) -> tuple[np.ndarray, Any]:
-    """The parameters, and what to see of the optimizer's state, after every step."""
+    """The parameters after every step, and what ``see`` makes of the state."""
     features, targets = jnp.asarray(trace["X"]), jnp.asarray(trace["y"])
 
     def loss(w: jax.Array, rows: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def _assert_samples_and_tests(
     samples = newest[np.arange(compared), np.arange(compared) % newest.shape[1]]
     np.testing.assert_allclose(samples, trace["statistic"][:compared], atol=1e-10)
 
-    # A test leaves its step in the state; nothing else may.
+    # Only a test leaves its step in the state.
     steps = trace["tests"][:, 0].astype(int)
     assert np.unique(metrics["test_step"])[1:].tolist() == steps.tolist()
     judged = trace["tests"][steps <= compared]
@@ -190,7 +190,7 @@ def test_salsa(name: str) -> None:
     ended = int(np.argmin(active)) + 1
     assert ended == _first_step_without_decrease(weights, trace, meta)
     assert not active[ended - 1 :].any()
-    # statopt's rate shows its last search, if not the moment at which it ended.
+    # The rate of statopt shows its last search, but not when the search ended.
     changed = set((np.flatnonzero(np.diff(trace["lr"])) + 2).tolist())
     assert max(changed - set(meta["drop_steps"])) <= ended < meta["drop_steps"][0]
 
@@ -198,7 +198,7 @@ def test_salsa(name: str) -> None:
 def _first_step_without_decrease(
     weights: np.ndarray, trace: dict[str, np.ndarray], meta: dict[str, Any]
 ) -> int:
-    """Where SciPy's regression says that the losses of a trace no longer fall."""
+    """The first step at which SciPy's regression sees no decrease of the losses."""
     given = meta["statopt_kwargs"]
     losses: list[float] = []
     before = np.concatenate([trace["w0"][None], weights])

@@ -1,4 +1,4 @@
-"""The tests for stationarity against NumPy and SciPy in double precision."""
+"""The tests for stationarity, compared with NumPy and SciPy in double precision."""
 
 import functools
 import math
@@ -26,12 +26,12 @@ from scipy import stats
 from sasa_optax import EquivalenceTest, MeanEstimate, TestResult, ZeroMeanTest
 
 F32 = np.dtype("float32")
-# Of estimates, and of what takes a quantile or a probability as well.
+# The second holds for what needs a quantile or a probability.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9}
 T_TOLERANCE = {"float32": 1e-3, "float64": 1e-7}
 
 for_each_variance = pytest.mark.parametrize("variance", VARIANCES)
-# For what takes long to compile: all variances in one type, all types in one variance.
+# Some tests take long to compile: all variances in one type, all types in one variance.
 for_some_variances = pytest.mark.parametrize(
     ("dtype", "variance"),
     [*(("float32", variance) for variance in VARIANCES), ("float64", "batch_means")],
@@ -93,7 +93,7 @@ def reference_equivalence(
 
 
 def clear_cut(decide: Callable[[float], bool], significance: float) -> bool:
-    """Whether rounding cannot turn the decision."""
+    """Whether rounding cannot change the decision."""
     return decide(significance * 0.99) == decide(significance * 1.01)
 
 
@@ -150,7 +150,7 @@ def assert_slope(
     r = t / math.sqrt(n - 2 + t**2)
     assert r == pytest.approx(fit.rvalue, abs=tolerance)
     assert standard_error == pytest.approx(fit.stderr, rel=tolerance)
-    # Rounding is to be small beside the uncertainty, of which r takes off a part.
+    # Rounding must be small beside the uncertainty of a slope without correlation.
     unit = fit.stderr / math.sqrt(1 - fit.rvalue**2)
     assert mean == pytest.approx(fit.slope, abs=tolerance * unit)
     assert p_value == pytest.approx(fit.pvalue, abs=tolerance)
@@ -254,7 +254,7 @@ def test_zero_mean_of_many_windows_at_once() -> None:
         if clear_cut(decide, 0.3):
             assert actual == decide(0.3)
             outcomes.add((d, bool(actual)))
-    # Otherwise, the loop above said little.
+    # Otherwise, the loop above would say little.
     assert len(outcomes) == 4
 
 
@@ -334,7 +334,7 @@ def test_slope(
 ) -> None:
     x = np.arange(steps_before + 1, steps_before + n + 1, dtype=np.float64)
     x = np.log(x) if log_steps else x
-    # A trend that shows, but not beyond doubt.
+    # The trend is visible, but not beyond doubt.
     drift = trend * math.sqrt(12 / n) * (x - x.mean()) / np.ptp(x)
     values = noise.draw(n, dtype) + drift.astype(dtype)
     samples = make_samples(values, step=steps_before + n)

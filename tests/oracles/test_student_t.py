@@ -1,4 +1,4 @@
-"""Student's t against SciPy."""
+"""Student's t, compared with SciPy."""
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,18 @@ from scipy import stats
 
 from sasa_optax import student_t_cdf, student_t_quantile
 
-# Jitted with the degrees of freedom as an argument, so always traced.
+# The degrees of freedom are an argument, so they are always traced.
 cdf = jax.jit(student_t_cdf)
 quantile = jax.jit(student_t_quantile)
 
-# What the documentation promises.
+# The documentation promises these.
 CDF_TOLERANCE = {"float32": 1e-6, "float64": 1e-10}
 QUANTILE_TOLERANCE = {"float32": 5e-5, "float64": 1e-8}
 DOFS = np.unique([*range(1, 61), *np.geomspace(60, 16384, 60).astype(int)])
 EDGES = np.array([1, 2, 3, 19, 20, 21, 16384])
 
 
-# Grids have 256 rows each, so that each function is compiled once a type.
+# Each grid has 256 rows, so that each function is compiled once for each type.
 def column(values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
     return np.asarray(values, dtype)[:, None]
 
