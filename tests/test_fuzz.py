@@ -155,11 +155,10 @@ def test_the_rate_falls_by_drops_alone(
     assert np.all(np.flatnonzero(np.diff(num_drops)) + 1 > arguments["warmup_steps"])
     fired = states.last_test.stationary & (states.last_test.at_step == states.step)
     assert np.all(fired[np.diff(num_drops) > 0])
-    history = sasa_optax.History()
+    history, metrics = sasa_optax.History(), sasa_optax.metrics(states)
+    columns = jax.device_get(metrics)
     for step in range(_STEPS):
-        history.record(
-            sasa_optax.metrics(jax.tree.map(lambda x, step=step: x[step], states))
-        )
+        history.record({name: column[step] for name, column in columns.items()})
     assert len(history.drops) == num_drops[-1]
 
 
