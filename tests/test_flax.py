@@ -71,7 +71,7 @@ def test_linen_train_state() -> None:
 
 
 def test_linen_train_state_with_the_loss() -> None:
-    """`apply_gradients` passes no loss on. The step does what it does, with the loss."""
+    """`apply_gradients` passes no loss on, so the step does its work, with the loss."""
     model = linen.Dense(1)
     params = model.init(jax.random.key(0), _IMAGES)["params"]
     tx = optax.chain(optax.adam(1e-3), sasa_optax.adapt_on_progress())

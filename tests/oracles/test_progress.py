@@ -160,7 +160,7 @@ def _with_momentum(rate: float, momentum: float) -> float:
 
 @pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 1.0, 1.9])
 def test_around_an_optimum_of_sgd(x64: None, rate: float) -> None:
-    """It is tau/(tau + h - 1), where tau = 1/(rate * curvature) is the relaxation time."""
+    """It is tau/(tau + h - 1), for a relaxation time tau = 1/(rate * curvature)."""
     tau = 1 / rate
     progress = _around_an_optimum(rate)
     assert progress == pytest.approx(tau / (tau + _HORIZON - 1), rel=2e-3)
