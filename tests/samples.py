@@ -1,20 +1,17 @@
-"""Windows to test, and the tests for stationarity, each compiled once."""
+"""Windows to test, and calls of the tests for stationarity that compile each once."""
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sasa_optax import (
-    EquivalenceTest,
     MeanEstimate,
     Samples,
-    SlopeTest,
     TestResult,
-    ZeroMeanTest,
     estimate_mean,
 )
 
@@ -30,21 +27,10 @@ def estimate(samples: Samples, variance: str) -> MeanEstimate:
     return estimate_mean(samples, variance)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def zero_mean(samples: Samples, variance: str, significance: float) -> TestResult:
-    return ZeroMeanTest(significance, variance)(samples)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def equivalence(
-    samples: Samples, variance: str, significance: float, delta: float
-) -> TestResult:
-    return EquivalenceTest(delta, significance, variance)(samples)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def slope(samples: Samples, log_steps: bool, significance: float) -> TestResult:
-    return SlopeTest(significance, log_steps)(samples)
+@jax.jit
+def judge(test: Any, samples: Samples) -> TestResult:
+    """What a test object says of a window. The numbers in the object are traced."""
+    return test(samples)
 
 
 def padded(values: np.ndarray, max_window: int, padding: float) -> np.ndarray:

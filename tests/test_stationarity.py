@@ -10,11 +10,9 @@ from samples import (
     MAX_WINDOW,
     VARIANCES,
     Noise,
-    equivalence,
     estimate,
+    judge,
     make_samples,
-    slope,
-    zero_mean,
 )
 
 from sasa_optax import (
@@ -54,7 +52,9 @@ def test_zero_mean_judges_halves_until_the_first_drop(
     values = noise + np.repeat(np.array([older, newer], np.float32), [5, 6])
     # The half-width is about 0.7.
     for num_drops, expected in [(0, before_first_drop), (1, later), (7, later)]:
-        result = zero_mean(make_samples(values, num_drops=num_drops), "iid", 0.05)
+        result = judge(
+            ZeroMeanTest(variance="iid"), make_samples(values, num_drops=num_drops)
+        )
         assert result.stationary == expected
 
 
@@ -63,7 +63,7 @@ def test_zero_mean_judges_halves_until_the_first_drop(
 def test_slope_of_a_perfect_line(dtype: np.dtype, sign: int, log_steps: bool) -> None:
     x = np.arange(1, 41)
     values = sign * (np.log(x) if log_steps else x).astype(dtype)
-    result = slope(make_samples(values), log_steps, 0.05)
+    result = judge(SlopeTest(log_steps=log_steps), make_samples(values))
     assert_finite(result)
     assert result.mean == pytest.approx(sign, rel=1e-5)
     assert result.p_value == pytest.approx(max(sign, 0), abs=1e-6)
@@ -72,20 +72,18 @@ def test_slope_of_a_perfect_line(dtype: np.dtype, sign: int, log_steps: bool) ->
 
 # Windows that say nothing.
 
-# These are called as in all other tests, so that nothing is compiled again.
-JITTED: dict[str, StationarityTest] = {
-    "zero_mean-iid": lambda s: zero_mean(s, "iid", 0.05),
-    "zero_mean-batch": lambda s: zero_mean(s, "batch_means", 0.05),
-    "zero_mean-overlapping": lambda s: zero_mean(s, "overlapping_batch_means", 0.05),
-    "equivalence-iid": lambda s: equivalence(s, "iid", 0.2, 0.02),
-    "equivalence-batch": lambda s: equivalence(s, "batch_means", 0.2, 0.02),
-    "equivalence-overlapping": lambda s: equivalence(
-        s, "overlapping_batch_means", 0.2, 0.02
-    ),
-    "slope": lambda s: slope(s, False, 0.05),
-    "slope-log": lambda s: slope(s, True, 0.05),
+TESTS: dict[str, StationarityTest] = {
+    "zero_mean-iid": ZeroMeanTest(variance="iid"),
+    "zero_mean-batch": ZeroMeanTest(),
+    "zero_mean-overlapping": ZeroMeanTest(variance="overlapping_batch_means"),
+    "zero_mean-delta": ZeroMeanTest(delta=1.0),
+    "equivalence-iid": EquivalenceTest(variance="iid"),
+    "equivalence-batch": EquivalenceTest(),
+    "equivalence-overlapping": EquivalenceTest(variance="overlapping_batch_means"),
+    "slope": SlopeTest(),
+    "slope-log": SlopeTest(log_steps=True),
 }
-for_each_test = pytest.mark.parametrize("test", JITTED.values(), ids=JITTED.keys())
+for_each_test = pytest.mark.parametrize("test", TESTS.values(), ids=TESTS.keys())
 
 
 def assert_finite(result: TestResult) -> None:
@@ -101,7 +99,7 @@ def test_no_variation_is_never_stationary(
         values = np.full(n, constant, np.float32)
         # Scales so large that the equivalence test would take any mean for zero.
         samples = make_samples(values, scales=np.full_like(values, 1e6))
-        result = test(samples)
+        result = judge(test, samples)
         assert_finite(result)
         assert not result.stationary
 
@@ -129,7 +127,7 @@ def test_too_few_samples_give_finite_results(
 ) -> None:
     values = Noise("gaussian", 0).draw(num_samples, F32)
     # The window pads with zeros.
-    assert_finite(test(make_samples(values, padding=0.0)))
+    assert_finite(judge(test, make_samples(values, padding=0.0)))
 
 
 @for_each_variance

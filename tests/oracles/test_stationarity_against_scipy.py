@@ -14,16 +14,20 @@ from samples import (
     MAX_WINDOW,
     VARIANCES,
     Noise,
-    equivalence,
     estimate,
+    judge,
     make_samples,
-    slope,
     stack,
-    zero_mean,
 )
 from scipy import stats
 
-from sasa_optax import EquivalenceTest, MeanEstimate, TestResult, ZeroMeanTest
+from sasa_optax import (
+    EquivalenceTest,
+    MeanEstimate,
+    SlopeTest,
+    TestResult,
+    ZeroMeanTest,
+)
 
 F32 = np.dtype("float32")
 # The second holds for what needs a quantile or a probability.
@@ -214,7 +218,7 @@ def test_zero_mean(
 ) -> None:
     values = noise.draw(n, dtype)
     samples = make_samples(values, num_drops=num_drops)
-    result = zero_mean(samples, variance, significance)
+    result = judge(ZeroMeanTest(significance, variance), samples)
 
     mean, standard_error, dof = expected = reference_estimate(values, variance)
     p_value = 2 * stats.t.sf(abs(mean) / standard_error, dof)
@@ -233,11 +237,12 @@ def test_a_wide_interval_says_nothing(n: int, seed: int) -> None:
     values = Noise("gaussian", seed).draw(n, F32)
     scales = np.random.default_rng(seed).uniform(0.5, 1.5, n).astype(F32)
     samples = make_samples(values, scales)
-    at_any_width = bool(ZeroMeanTest()(samples).stationary)
+    at_any_width = bool(judge(ZeroMeanTest(), samples).stationary)
     half_width = reference_estimate(values, "batch_means").half_width(0.05)
     delta = half_width / np.mean(scales, dtype=np.float64)
-    assert not ZeroMeanTest(delta=0.99 * delta)(samples).stationary
-    assert ZeroMeanTest(delta=1.01 * delta)(samples).stationary == at_any_width
+    assert not judge(ZeroMeanTest(delta=0.99 * delta), samples).stationary
+    wide = judge(ZeroMeanTest(delta=1.01 * delta), samples)
+    assert wide.stationary == at_any_width
 
 
 def test_zero_mean_of_many_windows_at_once() -> None:
@@ -278,7 +283,9 @@ def test_equivalence(
 ) -> None:
     values = noise.draw(n, dtype)
     scales = Noise("gaussian", noise.seed + 1).draw(n, dtype) ** 2
-    result = equivalence(make_samples(values, scales), variance, significance, delta)
+    result = judge(
+        EquivalenceTest(delta, significance, variance), make_samples(values, scales)
+    )
 
     mean, standard_error, dof = expected = reference_estimate(values, variance)
     assert_interval(result, expected.interval(significance), values)
@@ -338,7 +345,8 @@ def test_slope(
     drift = trend * math.sqrt(12 / n) * (x - x.mean()) / np.ptp(x)
     values = noise.draw(n, dtype) + drift.astype(dtype)
     samples = make_samples(values, step=steps_before + n)
-    assert_slope(slope(samples, log_steps, significance), x, values, significance)
+    result = judge(SlopeTest(significance, log_steps), samples)
+    assert_slope(result, x, values, significance)
 
 
 @pytest.mark.parametrize("step", [10**4, 10**6, 10**8])
@@ -348,4 +356,5 @@ def test_slope_over_log_steps_late_in_a_run(step: int) -> None:
     trend = 0.5 * (x - x.mean()) / np.ptp(x)
     values = Noise("gaussian", 0).draw(MAX_WINDOW, F32) - trend.astype(F32)
     samples = make_samples(values, step=step)
-    assert_slope(slope(samples, True, 0.05), x, values, 0.05)
+    result = judge(SlopeTest(log_steps=True), samples)
+    assert_slope(result, x, values, 0.05)
