@@ -523,7 +523,10 @@ def _outputs_of_two_processes() -> list[dict[str, Any]]:
     script = pathlib.Path(__file__).parent / "two_processes.py"
     address = f"127.0.0.1:{_free_port()}"
     cache = getattr(jax.config, "jax_compilation_cache_dir", None)
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(_ROOT),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, script, address, str(index)],

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from optimizers import never_stationary
 
 import sasa_optax
 
+_ROOT = pathlib.Path(__file__).parent.parent
+
 
 def test_it_takes_at_most_25_lines() -> None:
     parts = (own_statistic.Lagged, own_statistic.lagged_statistic)
@@ -33,7 +36,11 @@ def test_it_records_what_its_formula_says() -> None:
 
 
 def test_it_records_the_same_where_leaves_are_computed_in_groups() -> None:
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONPATH": str(_ROOT),
+        "XLA_FLAGS": "",
+    }
     process = subprocess.run(
         [sys.executable, own_statistic.__file__],
         env=environment,
