@@ -292,7 +292,9 @@ class History:
     @property
     def rate_name(self) -> str:
         """Which key is the rate: "learning_rate", or "scale" where there is none."""
-        has_rate = self.rows and "learning_rate" in self.rows[0]
+        # `adapt_on_progress` cuts the scale, even where the rate is known.
+        names = self.rows[0].keys() if self.rows else ()
+        has_rate = "learning_rate" in names and "num_drops" in names
         return "learning_rate" if has_rate else "scale"
 
     def explain(self) -> str:

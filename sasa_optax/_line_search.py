@@ -21,7 +21,8 @@ _SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 
 _CALL = (
     "`updates, state = optimizer.update(grads, state, params, grad=grads, "
-    "value_fn=value_fn)`, where `value_fn(params)` is the loss of this mini-batch."
+    "value_fn=value_fn)`, where `value_fn(params)` is the loss of this mini-batch. "
+    "Flax's `TrainState.apply_gradients` and NumPyro's `SVI` do not pass `value_fn` on."
 )
 
 
@@ -261,8 +262,16 @@ class SearchingController:
         return direction, updates, state
 
     def _checked(self, extra: ExtraArgs) -> ExtraArgs:
-        if extra.others.get("value_fn") is None:
-            raise ValueError(f"The line search needs `value_fn`: call {_CALL}")
+        value_fn = extra.others.get("value_fn")
+        if value_fn is None:
+            functions = [name for name, x in extra.others.items() if callable(x)]
+            hint = f" Did you mean {functions[0]!r}?" if functions else ""
+            raise ValueError(f"The line search needs `value_fn`: call {_CALL}{hint}")
+        if not callable(value_fn):
+            raise ValueError(
+                "value_fn must be a function from parameters to the loss, got "
+                f"{value_fn!r}."
+            )
         if extra.grad is None:
             raise ValueError(f"The line search needs `grad`: call {_CALL}")
         if extra.value is None:
