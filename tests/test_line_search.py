@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from line_searches import for_given_or_not, history, one_step, quadratic, search_of
+from line_searches import (
+    for_given_or_not,
+    history,
+    losses_of,
+    never_stationary,
+    one_step,
+    quadratic,
+    search_of,
+)
 
 import sasa_optax
 
@@ -125,13 +133,14 @@ def test_salsa_records_the_loss_with_its_weight_decay() -> None:
     optimizer = sasa_optax.salsa(
         0.1,
         weight_decay=0.5,
+        test=never_stationary,
         window=sasa_optax.Window(min_samples=4, max_window=8),
     )
     x = jnp.array([1.0, -2.0])
     value = jnp.float32(7.0)
     update = functools.partial(optimizer.update, value_fn=jnp.sum, value=value)
     _, state = jax.jit(update)(x, optimizer.init(x), x)
-    recorded = get(state, "losses").buffer[0, 0]
+    recorded = losses_of(state).buffer[0, 0]
     assert float(recorded) == pytest.approx(7.0 + 0.5 / 2 * 5.0)
 
 

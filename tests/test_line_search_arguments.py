@@ -124,13 +124,8 @@ def test_value_fn_does_not_get_by_name_what_it_takes_by_place(
 
 # What is refused.
 
-
 SCALE_BY = [sasa_optax.scale_by_ssls, sasa_optax.scale_by_salsa]
-
-
 ALL = [sasa_optax.ssls, sasa_optax.salsa, *SCALE_BY]
-
-
 for_all = pytest.mark.parametrize("make", ALL)
 
 

@@ -13,6 +13,7 @@ from line_searches import (
     for_given_or_not,
     history,
     losses_of,
+    never_stationary,
     one_step,
     quadratic,
     rates,
@@ -29,6 +30,7 @@ def test_multi_steps_gives_it_the_mean_gradient_at_every_other_step() -> None:
         0.01,
         momentum=0.75,
         weight_decay=0.5,
+        test=never_stationary,
         window=sasa_optax.Window(max_window=8, min_samples=4),
     )
     optimizer = optax.MultiSteps(salsa, every_k_schedule=2)

@@ -135,8 +135,6 @@ def test_leaves_that_have_not_moved_do_not_count(x64: None) -> None:
 
 # Around an optimum. The stationary law is reached before measuring begins, at step 256;
 # 256 steps later the horizon is still 32, and the start forgotten.
-
-
 _HORIZON = 32
 
 
