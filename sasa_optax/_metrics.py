@@ -63,9 +63,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       A controller gives ``step``, ``learning_rate``, ``scale``, ``num_drops``,
       ``last_drop``, ``num_nonfinite``, and the newest `TestResult` as ``test_step``,
       ``test_mean``, ``test_lower``, ``test_upper``, ``test_p_value``,
-      ``test_num_samples``, ``test_stationary``. `ssls` and `salsa` add ``line_search_active``,
-      ``step_size``, ``num_evaluations``. `salsa` also adds the newest test of the
-      losses, as ``loss_test_step`` and so on.
+      ``test_num_samples``, ``test_stationary``. `ssls` and `salsa` add
+      ``line_search_active``, ``step_size``, ``num_evaluations``. `salsa` also adds the
+      newest test of the losses, as ``loss_test_step`` and so on.
 
       `adapt_on_progress` gives ``step``, ``progress``, ``scale``, ``target``,
       ``sees_loss``, ``num_overshoots``, ``num_brakes``, ``num_nonfinite``,
