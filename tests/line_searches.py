@@ -91,13 +91,13 @@ def never_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 # numbers are traced.
 
 MAX_WINDOW = 16
-# One for each evaluation of the loss, and one for each compilation of a step.
+# They grow by one at each evaluation of the loss, and at each compilation of a step.
 CALLS: list[None] = []
 COMPILED: list[None] = []
 
 
 def linear(x: Any, offset: Any) -> Any:
-    """A loss that the offset leads; its gradient is 0.01 everywhere."""
+    """A loss whose gradient is 0.01 everywhere; the offset sets its level."""
     return offset + 0.01 * x.sum()
 
 
@@ -107,7 +107,7 @@ def _counted_linear(x: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 class SalsaOptions(NamedTuple):
-    """Numbers to trace."""
+    """The numbers of a run, which are traced."""
 
     learning_rate: float = 1e-3
     factor: float = 0.25
@@ -122,7 +122,7 @@ class SalsaOptions(NamedTuple):
 def _make_salsa(
     options: SalsaOptions, fires: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """With a test that fires where ``fires`` says so."""
+    """SALSA with a test whose result is always ``fires``."""
 
     def test(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
         return sasa_optax.TestResult(mean=samples.values[0], stationary=fires)

@@ -22,7 +22,7 @@ PROSE = " ".join(GUIDE.split())
 
 
 def tables() -> list[list[list[str]]]:
-    """Each a list of rows, each a list of cells; the first is the header."""
+    """The tables as lists of rows, which are lists of cells. The header is a row."""
     tables: list[list[list[str]]] = []
     inside = False
     for line in map(str.strip, GUIDE.splitlines()):
@@ -80,7 +80,7 @@ def signature(function: str) -> Mapping[str, inspect.Parameter]:
 
 
 def paths(function: str) -> dict[str, Any]:
-    """All that can be written in a call, with the defaults."""
+    """The paths that a call can set, with their defaults."""
     found: dict[str, Any] = {}
     for name, parameter in signature(function).items():
         found[name] = parameter.default
@@ -102,7 +102,7 @@ def _fields(path: str, options: Any) -> dict[str, Any]:
 
 
 def _keywords(function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a call, from paths and values."""
+    """The keywords of a call that sets these paths to these values."""
     names: dict[str, dict[str, Any]] = {}
     for path, value in arguments.items():
         name, _, field = path.partition(".")
@@ -125,7 +125,7 @@ def _nested(function: str, path: str, fields: Mapping[str, Any]) -> Any:
 def make(
     function: str, arguments: Mapping[str, Any] = types.MappingProxyType({})
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, from paths and values."""
+    """The optimizer with these values at these paths."""
     required = {"learning_rate": 0.5} if function in _REQUIRES_A_RATE else {}
     make = getattr(sasa_optax, function)
     keywords = _keywords(function, arguments)

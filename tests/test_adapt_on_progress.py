@@ -88,11 +88,11 @@ class _Task(NamedTuple):
 
 
 class _Servo(NamedTuple):
-    """Numbers of `adapt_on_progress` to trace."""
+    """Arguments of `adapt_on_progress`, which are traced."""
 
     target: float = 0.4
     min_scale: float = 0.0
-    # None would be another program.
+    # None would make another program.
     max_scale: float = 1e30
 
 
@@ -106,7 +106,7 @@ def _chain(task: _Task, servo: _Servo) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.sgd(task.rate), adaptive)
 
 
-# One program for all tasks and lengths.
+# One program serves all tasks and lengths.
 @functools.partial(jax.jit, static_argnames="sees_loss")
 def _run_block(
     task: _Task, servo: _Servo, carry: Any, keys: Any, sees_loss: bool
@@ -139,7 +139,7 @@ def _run(
     sees_loss: bool = True,
 ) -> tuple[dict[str, np.ndarray], sasa_optax.AdaptOnProgressState]:
     """What the servo did at each step, and its state at the end."""
-    # With its type given, it is no other program in the second block.
+    # The type is given: a weak one would make another program of the first block.
     params = jnp.full(50, task.start, float)
     carry: Any = (params, _chain(task, servo).init(params))
     keys = np.asarray(jax.random.split(jax.random.PRNGKey(0), steps))
@@ -152,19 +152,19 @@ def _run(
 
 
 def _changes(scales: np.ndarray) -> np.ndarray:
-    """Of the logarithm of the scale over a horizon, step by step from the second on."""
+    """Changes of the scale's logarithm over a horizon, from the second step on."""
     return np.diff(np.log(scales)) * horizons(len(scales))[1:]
 
 
 def _corrections(last_rises: np.ndarray) -> np.ndarray:
-    """By how much a fall is faster soon after a rise, from the second step on."""
+    """The factors by which falls are faster after a rise, from the second step on."""
     count = np.arange(2, len(last_rises) + 1)
     newest = np.maximum(last_rises[:-1], _adapt._SETTLING)
     return 1 + _adapt._CORRECTION * np.minimum(1, newest / count) ** 2
 
 
 def test_on_a_noisy_quadratic_it_ends_in_a_power_law(x64: None) -> None:
-    """In k to the -8*rho, and at no step does it fall faster than it may."""
+    """The scale goes as k^(-8 rho), and never falls faster than it may."""
     steps = 30_000
     seen, state = _run(_Task(0.1, 3.0), steps=steps)
     scales, changes = seen["scale"], _changes(seen["scale"])
@@ -176,14 +176,14 @@ def test_on_a_noisy_quadratic_it_ends_in_a_power_law(x64: None) -> None:
     assert np.all(changes >= -fastest * (1 + 1e-6))
     np.testing.assert_allclose(changes[-1000:], -fastest[-1000:], rtol=1e-6)
     assert int(state.num_overshoots) == int(state.num_brakes) == 0
-    # The average comes as near as a mean of independent samples would, within some.
+    # The average comes about as near as a mean of independent samples would.
     distance = np.mean(np.asarray(state.measured.average.averaged) ** 2)
     assert distance < 3 * 17 / (2 * steps)
 
 
 @pytest.mark.parametrize("target", [0.2, 0.6])
 def test_it_rises_above_the_target_and_falls_below_it(x64: None, target: float) -> None:
-    """From far away into a basin; by the formula, where it is not clipped."""
+    """A run comes from far away into a basin, and the scale follows the formula."""
     seen, state = _run(_Task(1e-3, 30.0), _Servo(target), steps=3000)
     assert int(state.num_overshoots) == int(state.num_brakes) == 0
     progress, changes = seen["progress"][1:], _changes(seen["scale"])
@@ -225,11 +225,11 @@ def test_it_holds_to_its_bounds(x64: None) -> None:
     task = _LINE._replace(noise_of_loss=1e-3)
     seen, _ = _run(task, _Servo(max_scale=3.0), steps=500)
     assert seen["scale"][-1] == np.max(seen["scale"]) == 3.0
-    # At the bound it rises no more.
+    # At the bound the scale no longer rises.
     assert seen["last_rise"][-1] == 1 + np.argmax(seen["scale"] == 3.0) < 300
     seen, _ = _run(_Task(0.5, 0.0), _Servo(min_scale=0.7), steps=2000)
     assert seen["scale"][-1] == np.min(seen["scale"]) == 0.7
-    # A start outside of them is moved to them.
+    # A scale that starts outside the bounds is moved to them.
     bounds: list[tuple[dict[str, Any], float]]
     bounds = [({"min_scale": 2.0}, 2.0), ({"max_scale": 0.5}, 0.5)]
     for arguments, expected in bounds:
@@ -241,7 +241,7 @@ def test_it_holds_to_its_bounds(x64: None) -> None:
 
 
 def test_a_scaled_loss_gives_the_same_run(x64: None) -> None:
-    """SGD at a rate that is divided by as much. The loss is shifted too, and moved."""
+    """The rate of SGD is divided by the factor. The loss is shifted and moved, too."""
 
     def scales(factor: float, shift: float, optimum: float) -> np.ndarray:
         start = optimum + 30
@@ -280,7 +280,7 @@ def _stepped(
 
 @pytest.mark.parametrize("kind", ["losses", "nan"])
 def test_a_brake_goes_back_to_the_average_and_begins_the_walk_anew(kind: str) -> None:
-    """In single precision and exactly, as no coordinate changes by a factor of two."""
+    """It is exact in single precision: no coordinate changes by a factor of two."""
     optimizer = sasa_optax.adapt_on_progress(0.0)
     params = jnp.full(20, 100.0, float)
     rng = np.random.default_rng(0)
@@ -301,7 +301,7 @@ def test_a_brake_goes_back_to_the_average_and_begins_the_walk_anew(kind: str) ->
     assert float(state.scale) == pytest.approx(float(expected), rel=0.01)
     if kind == "losses":
         assert not np.array_equal(before[0], before[1].measured.average.averaged)
-    # From there on progress is that of a new walk, though the horizon is not new.
+    # From there on progress is that of a new walk, with the horizon of the old one.
     after = _stepped(params, state, np.ones(30), 2)
     moves = np.diff([params, *(x for x, _ in after)], axis=0)
     age = int(state.measured.average.num_averaged)
@@ -313,8 +313,8 @@ def test_a_brake_goes_back_to_the_average_and_begins_the_walk_anew(kind: str) ->
 
 
 def test_it_does_not_fall_before_the_walk_is_long() -> None:
-    """At the start, and after a return, here since a loss is not finite."""
-    # Told of a momentum that these updates do not have: progress is far below 1.
+    """At the start, and after a return. Here a loss that is not finite causes one."""
+    # These updates have no momentum, so progress is far below 1.
     optimizer = sasa_optax.adapt_on_progress(0.9)
     params, bad = jnp.full(20, 100.0, float), _adapt._MIN_STEPS + 50
     losses = np.ones(2 * bad)

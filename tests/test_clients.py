@@ -113,7 +113,7 @@ def test_linen(name: str) -> None:
         value, grads = jax.value_and_grad(loss)(state.params)
         if name not in SERVOS:
             return state.apply_gradients(grads=grads)
-        # Which passes no loss on. What it does, with the loss:
+        # `apply_gradients` passes no loss on, so its lines are written out.
         update = optax.with_extra_args_support(state.tx).update
         updates, opt_state = update(grads, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
@@ -129,7 +129,7 @@ def test_linen(name: str) -> None:
 @_environment("Equinox, `filter_jit` and `filter_grad`")
 @for_all
 def test_equinox(name: str) -> None:
-    """Whose trees have None in place of what is no array."""
+    """Equinox puts None into its trees where a leaf is no array."""
     model = eqx.nn.MLP(4, 1, 1, depth=0, key=jax.random.key(0))
     linear = model.layers[0]
     start = linear.weight.T, linear.bias
@@ -229,7 +229,7 @@ def test_numpyro_gives_the_loss(name: str) -> None:
     "reduce_on_stationarity",
 )
 def test_reduce_on_stationarity_drops_in_numpyro_without_a_loss() -> None:
-    """As `optax.contrib.reduce_on_plateau` cannot: it is a drop-in that needs less."""
+    """`optax.contrib.reduce_on_plateau` cannot do so: it needs the loss."""
     grads = params = jnp.ones(2)
     plateau = optax.contrib.reduce_on_plateau()
     with pytest.raises(TypeError, match="value"):

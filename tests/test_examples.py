@@ -49,7 +49,7 @@ def test_the_fashion_mnist_example_runs(tmp_path: pathlib.Path) -> None:
     random = np.random.default_rng(0)
     for part, num_images in (("train", 5256), ("t10k", 100)):
         labels = random.integers(10, size=num_images).astype(np.uint8)
-        # An image of one brightness each, by which it can be told.
+        # The brightness of an image tells its label.
         images = np.broadcast_to(25 * labels[:, None, None], (num_images, 28, 28))
         _write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images.astype(np.uint8))
         _write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)

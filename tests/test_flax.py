@@ -71,7 +71,7 @@ def test_linen_train_state() -> None:
 
 
 def test_linen_train_state_with_the_loss() -> None:
-    """`apply_gradients` passes no loss on: the two lines that do, in its place."""
+    """`apply_gradients` passes no loss on, so the step does its work, with the loss."""
     model = linen.Dense(1)
     params = model.init(jax.random.key(0), _IMAGES)["params"]
     tx = optax.chain(optax.adam(1e-3), sasa_optax.adapt_on_progress())
@@ -144,7 +144,7 @@ def test_nnx_optimizer_with_measured_progress() -> None:
     metrics = sasa_optax.metrics(optimizer.opt_state)
     assert set(metrics) == {"step", "progress"}
     assert int(metrics["step"]) == 40
-    # Along a straight line.
+    # The updates follow a straight line.
     assert float(metrics["progress"]) > 1
 
 
@@ -166,13 +166,13 @@ def guide() -> dict[str, Any]:
 def test_the_guide_trains_with_the_line_search(
     guide: dict[str, Any], state: str
 ) -> None:
-    # The first optimizer of the guide is a pytree's, the second NNX's, then Linen's.
+    # The guide trains a pytree of parameters, then NNX, then Linen.
     opt_state = getattr(guide[state], "opt_state", guide[state])
     metrics = sasa_optax.metrics(opt_state)
     assert int(metrics["step"]) == 60
     assert bool(metrics["line_search_active"])
     assert float(metrics["learning_rate"]) > 0.1
-    # With the loss given a search takes one or two evaluations, without it one more.
+    # A search takes one or two evaluations, and one more if the loss is not given.
     given = 0 if state == "opt_state" else 1
     per_step = int(metrics["num_evaluations"]) / 60
     assert given + 1 <= per_step <= given + 2
@@ -183,13 +183,13 @@ def test_the_search_of_the_guide_leaves_batch_norm_and_dropout_alone(
 ) -> None:
     images, labels = guide["images"][:32], guide["labels"][:32]
     model = guide["Model"](nnx.Rngs(0))
-    # With the transformation of the guide, its step is compiled already.
+    # The step of the guide has been compiled for this transformation.
     optimizer = nnx.Optimizer(model, guide["optimizer"].tx, wrt=nnx.Param)
     trained = nnx.clone(model)
     trained.train()
     trained(images)
     guide["nnx_step"](model, optimizer, images, labels)
-    # One forward pass in training mode, and the search left no trace.
+    # There was one forward pass in training mode, and the search left no trace.
     np.testing.assert_allclose(model.norm.mean[...], trained.norm.mean[...], rtol=1e-6)
     assert not model.dropout.deterministic
 
@@ -219,7 +219,7 @@ def test_from_flax_nnx() -> None:
     average = sasa_optax.averaged_params(optimizer.opt_state, params)
     chex.assert_trees_all_equal(inside, average)
     chex.assert_trees_all_equal_shapes_and_dtypes(average, params)
-    # It goes where the parameters are.
+    # `nnx.update` takes the average as parameters.
     averaged = nnx.clone(model)
     nnx.update(averaged, average)
     expected = _AFTER_ONE * start.kernel[...] + (1 - _AFTER_ONE) * model.kernel[...]
@@ -254,7 +254,7 @@ def averaging() -> dict[str, Any]:
 
 
 def _running_mean(old: jax.Array, activations: jax.Array) -> np.ndarray:
-    """Of the averaged model's own activations, batch by batch, after the old one."""
+    """The old mean, moved batch by batch towards the averaged model's activations."""
     mean = np.asarray(old)
     for batch in np.asarray(activations):
         mean = 0.9 * mean + 0.1 * batch.mean(axis=0)

@@ -154,7 +154,8 @@ def test_metrics_without_a_controller_say_so() -> None:
 @pytest.mark.parametrize("record_every", [1, 3, 10])
 def test_every_drop_is_caught_with_the_test_that_made_it(record_every: int) -> None:
     history = _train(record_every)
-    # More than 10 samples kept: 21 since the last drop; at a multiple of 5.
+    # A test needs more than 10 kept samples, 21 since the last drop, and runs at each
+    # multiple of 5.
     assert [drop.step for drop in history.drops] == [25, 50]
     assert history.rows[-1]["last_drop"] == 50
     for drop, old_rate in zip(history.drops, (1.0, 0.1), strict=True):
@@ -286,14 +287,14 @@ _SALSA = sasa_optax.salsa(
 
 @jax.jit
 def _salsa_step(state: Any, loss: jax.Array) -> Any:
-    """The state after a step with a loss, from which every trial leads down."""
+    """The state after a step with this loss. Every trial is accepted."""
     return _SALSA.update(
         _PARAMS, state, _PARAMS, value=loss, value_fn=lambda params: loss - 1.0
     )[1]
 
 
 def _salsa_run(falls: Callable[[int], bool], record_every: int) -> sasa_optax.History:
-    """Losses that fall while ``falls`` says so, and a test that fires at step 40."""
+    """A run whose losses fall where ``falls`` says so. Its test fires at step 40."""
     history = sasa_optax.History()
     state, loss = _SALSA.init(_PARAMS), 1.0
     for step in range(1, _NUM_STEPS + 1):
@@ -346,7 +347,7 @@ def test_history_returns_what_happened() -> None:
     assert history.record(ended) is history.switch
     assert history.switch is not None
     assert history.switch.step == 8
-    # A restored run goes on from before.
+    # A restored run continues from an earlier step.
     assert history.record({**metrics, "step": 5}) is None
     assert history.switch is None
 

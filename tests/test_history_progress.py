@@ -79,7 +79,7 @@ def _row(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def _history() -> sasa_optax.History:
-    """An overshoot at step 14, a brake at step 30."""
+    """A record with an overshoot at step 14 and a brake at step 30."""
     history = sasa_optax.History()
     braked = {"num_overshoots": 1, "num_brakes": 1, "last_cut": 30, "sees_loss": True}
     loss = {"loss_first": 5.0, "loss_best": 1.0, "loss_fast": 1.5}
@@ -333,7 +333,7 @@ def test_the_scale_is_drawn_down_at_the_step_of_a_cut() -> None:
 def test_the_loss_has_the_limits_above_which_the_scale_is_cut() -> None:
     loss = _panels(_history())[0]
     lines = {line.get_label(): line for line in loss.lines}
-    # From 5 to 1 is a gain of 4: a tenth and a half of it.
+    # From 5 to 1 the gain is 4. The limits are at a tenth and at half of it.
     for start, color, limit in [("over", "orange", 1.4), ("brake", "red", 3.0)]:
         (line,) = [line for name, line in lines.items() if name.startswith(start)]
         assert line.get_color() == f"tab:{color}"
@@ -378,7 +378,7 @@ def test_a_controller_beside_measured_progress_has_both_pictures() -> None:
         _, state = update(_PARAMS, state, _PARAMS)
         if step % 5 == 0:
             history.record(sasa_optax.metrics(state), loss=1.0)
-    # As without measured progress: see test_history.
+    # test_history.py has the same run without measured progress.
     assert [drop.step for drop in history.drops] == [25]
     labels = [ax.get_ylabel() for ax in _panels(history)]
     assert labels == ["loss", "learning rate", "progress", "test: mean, interval"]

@@ -25,7 +25,7 @@ import sasa_optax
 get = optax.tree.get
 
 
-# Numbers are traced, so that a search is compiled once for many of them.
+# Numbers are traced, so one compiled search serves many of them.
 @functools.partial(jax.jit, static_argnames="with_value")
 def search_parabola(
     search: sasa_optax.LineSearch, rate: float, with_value: bool
@@ -38,7 +38,7 @@ def search_parabola(
 @pytest.mark.parametrize(
     ("rate", "kwargs", "step_size", "num_trials"),
     [
-        # On x^2/2 a step is long enough up to 2 * (1 - sufficient_decrease).
+        # On x^2/2 a step may be as long as 2 * (1 - sufficient_decrease).
         (0.6, {}, 1.2, 1),
         (0.94, {}, 1.88, 1),
         (0.96, {}, 0.96, 2),
@@ -73,7 +73,7 @@ def test_what_one_search_finds_on_a_parabola(
 @pytest.mark.parametrize(
     ("rate", "along", "kwargs", "step_size"),
     [
-        # Long enough up to 2 * (1 - sufficient_decrease): up to 1.9, or to 1.1.
+        # A step may be as long as 2 * (1 - sufficient_decrease), 1.9 or 1.1.
         (0.56, "gradient", {}, 1.12),
         (0.54, "update", {}, 1.08),
         (0.56, "update", {}, 0.56),
@@ -99,7 +99,7 @@ def test_the_step_is_made_with_the_new_rate_along_the_direction() -> None:
 
 @functools.partial(jax.jit, static_argnames="with_value")
 def step_along(sign: float, with_value: bool) -> Any:
-    """The state after a step along so many gradients."""
+    """The state after a step whose direction is ``sign`` times the gradient."""
     search = sasa_optax.LineSearch(
         direction="update", smoothing=0.25, decrease_factor=0.2
     )
@@ -174,7 +174,7 @@ def test_ssls_counts_its_evaluations(with_value: bool) -> None:
         jax.effects_barrier()
         assert len(calls) == int(search_of(state).num_evaluations)
         seen.append(len(calls) - before)
-    # Searches that succeed at once, and others.
+    # Some searches succeed at once, others do not.
     assert len(set(seen)) > 1
 
 
@@ -236,7 +236,7 @@ def test_rounding_of_a_bfloat16_loss_is_no_failure(with_value: bool) -> None:
     optimizer = sasa_optax.scale_by_ssls(1e-3)
     x = jnp.full(1, np.sqrt(4.6), jnp.float32)
 
-    # Where it stands still, each search sees the same parabola, of height 2.3.
+    # The parameters stay, so each search sees the same parabola, of height 2.3.
     def step(state: Any, _: None) -> Any:
         extra = {"value": loss(x)} if with_value else {}
         state = optimizer.update(x, state, x, grad=x, value_fn=loss, **extra)[1]
@@ -245,7 +245,7 @@ def test_rounding_of_a_bfloat16_loss_is_no_failure(with_value: bool) -> None:
     scan = jax.jit(lambda state: jax.lax.scan(step, state, None, length=150)[1])
     found = np.asarray(scan(optimizer.init(x)))
     np.testing.assert_allclose(found[:30], 1e-3 * 1.1 ** np.arange(1, 31), rtol=1e-5)
-    # Twice the rate then is too much, which is beyond 1.9; the rate itself is not.
+    # In the end twice the rate is beyond 1.9, and so too much; the rate itself is not.
     assert 0.93 < found[-1] < 1.05
     assert found[-1] == found[-20]
 
@@ -317,7 +317,7 @@ def test_a_rate_that_starts_below_the_least_stays_where_it_is() -> None:
 
 @functools.partial(jax.jit, static_argnames="with_value")
 def run_downhill(steepness: float, with_value: bool) -> Any:
-    """The states on a plane, where each search is taken at its word."""
+    """The states on a plane, where the rate becomes what each search finds."""
     search = sasa_optax.LineSearch(increase_factor=10.0, smoothing=1.0)
 
     def loss(x: jax.Array) -> jax.Array:

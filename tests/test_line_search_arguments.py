@@ -71,7 +71,7 @@ def test_value_fn_gets_the_extra_arguments_that_it_takes(name: str) -> None:
         )
         return search_of(after).step_size
 
-    # With a curvature of `scale`, 1.9 / scale is the longest step to be accepted.
+    # With a curvature of `scale`, the longest accepted step is 1.9 / scale.
     for scale, expected in [(1.8, 1.0), (2.0, 0.5)]:
         assert float(step_size(batch, scale, "x")) == expected
     # At its minimum no step is accepted, and none is tried.

@@ -82,7 +82,7 @@ def test_no_slope_is_taken_of_fewer_than_four_losses(
 ) -> None:
     run = Salsa(with_value, interval=interval)
     for _ in range(2):
-        # Positive and falling, so that zeros for missing ones would stand out.
+        # The losses are positive and fall, so zeros for missing ones would show.
         states = run.run(100.0 - np.arange(len(run.losses), len(run.losses) + 20))
         assert all(active(states))
         tested = loss_test_of(states[-1])

@@ -39,7 +39,7 @@ def test_multi_steps_gives_it_the_mean_gradient_at_every_other_step() -> None:
     step = jax.jit(lambda g, s: optimizer.update(g, s, x, value_fn=jnp.sum))
     counts, moves = [], []
     for k in range(4):
-        # With the decay, means of 1 and 3 for the second parameter.
+        # The means for the second parameter are 1 and 3, decay included.
         updates, state = step(jnp.full(2, 1.5 + k), state)
         counts.append(int(search_of(state).num_evaluations))
         moves.append(float(updates[1]))
@@ -203,7 +203,7 @@ def test_gradients_pass_through_the_steps_but_not_the_search(with_value: bool) -
 
     x = jnp.array([1.0, -2.0])
     (_, found), grads = jax.jit(jax.value_and_grad(unrolled, has_aux=True))(x)
-    # With the rates for constants, each step multiplies by 1 - rate * curvature.
+    # For a constant rate, each step multiplies by 1 - rate * curvature.
     steps = 1 - np.asarray(found)[:, None] * np.asarray(curvature)
     np.testing.assert_allclose(grads, steps.prod(axis=0), rtol=1e-12)
     _, tangent = jax.jvp(lambda x: unrolled(x)[0], (x,), (jnp.ones(2),))
@@ -231,7 +231,7 @@ def test_one_compilation_and_buffers_that_are_donated() -> None:
     params = jnp.zeros(2)
     state: Any = optimizer.init(params)
     for k in range(5):
-        # What passes through as it is, such as the unused last test, stays.
+        # Buffers that no step changes, such as the unused last test, are kept.
         controller = state.controller.controller
         old = params, state.trace, controller.step, controller.scale
         params, state = step(params, state, jnp.full(2, float(k)))

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: they say nothing to a line search."""
+"""A line search ignores losses and gradients that are not finite."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ get = optax.tree.get
 
 @functools.partial(jax.jit, static_argnames="with_value")
 def step_off_a_cliff(beyond: jax.Array, with_value: bool) -> Any:
-    """With a loss of 1 at ones, and of ``beyond`` elsewhere."""
+    """A step with a loss that is 1 at ones, and ``beyond`` elsewhere."""
     optimizer, x = sasa_optax.scale_by_ssls(0.1), jnp.ones(2)
 
     def cliff(x: jax.Array) -> jax.Array:
@@ -108,7 +108,7 @@ def two_steps(interval: Any, offset: Any, slope: Any) -> Any:
 def test_a_step_that_is_not_finite_says_nothing_to_ssls(
     offset: float, slope: float, interval: int
 ) -> None:
-    """With an interval of two, it comes between two searches."""
+    """With an interval of two, the step comes between two searches."""
     before, after = two_steps(interval, offset, slope)
     assert_untouched(before, after, num_evaluations=0)
 

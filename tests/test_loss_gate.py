@@ -15,7 +15,7 @@ from sasa_optax import _adapt, _loss_gate
 
 
 def _scanned(scan: Callable[..., Any], *columns: np.ndarray) -> Any:
-    """What a scan gives for each row. A few lengths serve all, to compile for few."""
+    """What a scan gives for each row. Padding to a few lengths saves compilations."""
     num_rows = len(columns[0])
     length = 1024
     while length < num_rows:
@@ -51,13 +51,13 @@ def _noise(steps: int, seed: int = 0) -> np.ndarray:
 
 
 def _levels(*blocks: tuple[int, float], noise: float = 0.1) -> np.ndarray:
-    """Losses that stay at each level for so many steps, with noise."""
+    """Noisy losses, with a number of steps at each level."""
     level = np.concatenate([np.full(length, level) for length, level in blocks])
     return level + noise * _noise(len(level))
 
 
 def _normalized(horizons: np.ndarray) -> np.ndarray:
-    """Of each loss in an average of at most so many, after each step; [k, j]."""
+    """Weights of loss j, after step k, in an average over the horizons; [k, j]."""
     steps = len(horizons)
     of_new = 1 / np.minimum(np.arange(1, steps + 1), horizons)
     weights = np.zeros((steps, steps))
@@ -107,7 +107,7 @@ def test_the_first_losses_are_a_plain_mean(x64: None) -> None:
 
 
 def test_it_may_rise_while_the_loss_falls(x64: None) -> None:
-    """At each step; and for some horizons more, but not for ever."""
+    """It may rise at each step of the fall and for some horizons more, not for ever."""
     falling = np.exp(-np.arange(1500) / 500) + 0.02 * _noise(1500)
     may_rise = _verdicts(falling)["may_rise"]
     # The first loss has no variance.
@@ -142,13 +142,13 @@ def test_a_gain_is_real_beyond_the_noise_of_both_averages(x64: None) -> None:
     watch, (_, states) = jax.jit(_loss_gate.watch), _watched(_noise(steps))
     for deviations, is_real in [(0.8, False), (1.2, True)]:
         gain = deviations * _loss_gate._REAL / _loss_gate._MIN_FAST**0.5
-        # As if the first average had been so far above the best one.
+        # The state is changed as if the first average had been so far above the best.
         state = jax.tree.map(lambda x: x[-1], states)
         state = state._replace(
             slow=state.fast, first=state.best + gain * np.sqrt(state.variance)
         )
         _, verdict = watch(state, state.fast, jnp.asarray(steps / 8))
-        # It stands still, so that the rate may rise only before there is a real gain.
+        # The loss stands still, so the rate may rise only before there is a real gain.
         assert bool(verdict.may_rise) == (not is_real)
         assert not bool(verdict.is_above | verdict.is_lost)
 
@@ -209,7 +209,7 @@ def test_it_depends_on_the_share_of_the_gain_that_is_lost(
 
 
 def test_a_loss_that_explodes_does_not_hide_in_its_own_noise(x64: None) -> None:
-    """As of a network destroyed at batch size 1: most losses small, a few enormous."""
+    """As when batch size 1 destroys a network, a few losses are enormous."""
     random = np.random.default_rng(0)
     losses = _levels((40, 10.0), (400, 0.0))
     bursts = 10 * np.exp(3 * random.normal(size=400))
@@ -226,7 +226,7 @@ def test_a_single_large_loss_is_no_loss_of_the_model(x64: None) -> None:
 
 
 def test_where_nothing_was_gained_the_start_is_the_limit(x64: None) -> None:
-    """By the deviations of the first average, as it was seen then, and of the fast."""
+    """The limit adds deviations of the first average, as seen then, and of the fast."""
     spread = 0.1 * np.resize([1.0, -1.0], 400)
     of_first = 0.1 / _loss_gate._MIN_FAST**0.5
     of_fast = 0.1 / (2 * _loss_gate._MIN_FAST - 1) ** 0.5
@@ -266,7 +266,7 @@ def test_the_zero_and_the_unit_of_the_loss_do_not_matter(
         np.testing.assert_array_equal(actual[name], verdict, err_msg=name)
 
 
-# What the servo does about it. Updates along a line make the rate rise, those that
+# What the servo does about it. Updates along a line make the rate rise. Updates that
 # change their sign do not.
 
 
@@ -299,19 +299,19 @@ def test_an_overshoot_is_cut_only_where_the_rate_has_risen(rises: bool) -> None:
     falling = np.linspace(10, 0, 150) + 0.05 * _noise(150)
     losses = np.append(falling, level + 0.05 * _noise(60, seed=1))
     seen = _steps(losses, rises=rises)
-    # Each of its losses is above.
+    # The losses at this level are above.
     assert np.sum(_verdicts(losses)["is_above"]) > 10
     (_, before), (_, after) = seen[149], seen[-1]
     assert int(after.num_brakes) == 0
     assert int(after.num_overshoots) == rises
     if rises:
         assert float(before.scale) > 2
-        # Once: the cut is not a rise. The parameters are not put back.
+        # There is one cut, as a cut is no rise. The parameters are not put back.
         cut = next(k for k, (_, state) in enumerate(seen) if state.num_overshoots)
         assert int(seen[cut][1].last_cut) == cut + 1
         expected = float(seen[cut - 1][1].scale) / _adapt._CUT
         assert float(seen[cut][1].scale) == pytest.approx(expected)
-        # What counts as the best is the loss of now, with its deviations.
+        # The loss of now, with its deviations, becomes the best.
         losses = seen[cut][1].losses
         error = (losses.variance / (2 * _loss_gate._MIN_FAST - 1)) ** 0.5
         best = losses.fast + _loss_gate._NUM_DEVIATIONS * error
@@ -349,7 +349,7 @@ def test_after_an_overshoot_the_rate_rises_but_slowly() -> None:
     states = [state for _, state in seen]
     assert int(states[-1].num_overshoots) == 1
     cut = int(states[-1].last_cut)
-    # It rises as the ceiling does, after that has been reached.
+    # Once the scale has reached the ceiling, it rises with it.
     scales = np.array([float(state.scale) for state in states[cut - 1 :]])
     logs = np.cumsum(_adapt._CEILING_RISE / horizons(len(losses))[cut - 1 : -1])
     highest = scales[0] * np.exp(np.append(0, logs))
@@ -373,7 +373,7 @@ def test_a_brake_comes_at_half_of_the_gain_whether_or_not_the_rate_rose() -> Non
         losses = _levels((40, 10.0), (200, 0.0), (60, level), noise=0.05)
         seen = _steps(losses, rises=False)
         assert int(seen[-1][1].num_brakes) == num_brakes
-        # What is first and best starts afresh, so that it is not lost again.
+        # The first and the best loss start afresh, so the model is not lost again.
         if num_brakes:
             assert int(seen[-1][1].losses.num_losses) < 60
 
@@ -413,7 +413,7 @@ def test_bad_losses_far_apart_never_cut() -> None:
 
 
 def test_a_bad_loss_leaves_no_trace_in_the_averages(x64: None) -> None:
-    """Except that the step counts: the horizon is that of the steps, here still 32."""
+    """Only the step counts: the horizon depends on the steps. Here it is still 32."""
     losses = 5 + _noise(100)
     _, expected = _watched(losses)
     _, states = _watched(np.insert(losses, 50, np.nan))

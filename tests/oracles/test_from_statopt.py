@@ -75,15 +75,15 @@ _STATOPT_CHOICES = {
     "var_mode": {"mb", "olbm", "iid", "linear", "log"},
     "ls_dir": {"g", "d"},
 }
-# A dash in the guide's tables: no such argument.
+# A dash in the guide's tables means that there is no such argument.
 _ABSENT = "\N{EN DASH}"
-# What its optimizers keep in `optimizer.state` for the user to see.
+# What the optimizers of statopt keep in `optimizer.state` for the user to see.
 _STATOPT_STATE = {
     *("lr", "nSteps", "stats_x1d", "stats_ld2", "stats_val", "stats_test"),
     *("stats_stationary", "stats_mean", "stats_lb", "stats_ub", "conf", "slope"),
     *("composite_test", "switched", "cosine", "ls_eta", "ls_cnt"),
 }
-# How often it called `Tensor.item` in a step: the row of the table, P, T, the count.
+# The row of the table, P, T, and how often a step called `Tensor.item`.
 _STATOPT_READS = [
     ("SASA", 1, 0, 2),
     ("SASA", 7, 0, 14),
@@ -153,7 +153,7 @@ def _translated(row: _Row) -> bool:
 
 
 def _to_write(row: _Row) -> list[str]:
-    """The paths in a row: the first is for all functions, others are for the named."""
+    """The paths in a row. The first is for all functions, others are for some."""
     first = code(row.write_here)[:1]
     also = re.findall(r"in `(\w+)` also `([\w.]+)`", row.write_here)
     return first + [path for function, path in also if function == row.function]
@@ -199,7 +199,7 @@ def _program(function: str, path: str = "", value: Any = None) -> tuple[str, Any
 
 
 def test_a_default_that_depends_is_what_is_stated() -> None:
-    """Those are None in the signature; written out they make the same program."""
+    """Such defaults are None. Written out, they make the same program."""
     found = set()
     for row in _arguments():
         path = code(row.write_here)[0] if _translated(row) else ""
@@ -283,7 +283,7 @@ def test_the_defaults_of_statopt_are_written_as_the_table_says() -> None:
 
 def test_what_is_new_here_is_listed() -> None:
     mapped = {path for row in _arguments() for path in _to_write(row)}
-    # An object is not new where one of its fields is not.
+    # An object counts as mapped if one of its fields is.
     mapped |= {path.rpartition(".")[0] for path in mapped}
     mapped |= {path.partition(".")[0] for path in mapped}
     offered = {path for function in FUNCTIONS for path in paths(function)}

@@ -1,8 +1,8 @@
 """What progress is, against closed forms and against NumPy.
 
-Where an expectation is meant, the coordinates of a leaf stand for the runs. Their noise
-is the columns of a Hadamard matrix, which are orthogonal: a sum over coordinates is
-then the expectation for white noise, exactly, and not an estimate of it.
+For an expectation, the coordinates of a leaf stand for the runs. Their noise is the
+columns of a Hadamard matrix, which are orthogonal. So a sum over coordinates is exactly
+the expectation for white noise, and no estimate.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def test_it_is_one_for_white_noise_at_any_rates(
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_on_a_straight_line_it_has_a_closed_form(x64: None, momentum: float) -> None:
-    """Then the horizon is 32 up to step 256; k/D to begin with, and 63/D in the end."""
+    """The horizon is 32 up to step 256. Progress goes from k/D to 63/D."""
     moves = np.tile([3.0, -4.0], (256, 1))
     progress, _ = _measured(moves, momentum)
     kept = (31 / 32) ** np.arange(1, 257)
@@ -133,8 +133,8 @@ def test_leaves_that_have_not_moved_do_not_count(x64: None) -> None:
     np.testing.assert_array_equal(_measured(frozen)[0], 1.0)
 
 
-# Around an optimum. The stationary law is reached before measuring begins, at step 256;
-# 256 steps later the horizon is still 32, and the start forgotten.
+# Around an optimum. The dynamics are stationary when measuring begins, at step 256. 256
+# steps later the horizon is still 32, and the start no longer matters.
 _HORIZON = 32
 
 
@@ -152,7 +152,7 @@ def _around_an_optimum(
 
 
 def _with_momentum(rate: float, momentum: float) -> float:
-    """The closed form; the rate is that of normalised momentum."""
+    """The closed form, for the rate of normalised momentum."""
     above = 1 - momentum / ((1 + momentum) * _HORIZON)
     below = 1 + momentum / ((1 - momentum) * _HORIZON) + (_HORIZON - 1) * rate
     return above / below
@@ -160,7 +160,7 @@ def _with_momentum(rate: float, momentum: float) -> float:
 
 @pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 1.0, 1.9])
 def test_around_an_optimum_of_sgd(x64: None, rate: float) -> None:
-    """tau/(tau + h - 1), where the relaxation time tau is one over rate*curvature."""
+    """It is tau/(tau + h - 1), for a relaxation time tau = 1/(rate * curvature)."""
     tau = 1 / rate
     progress = _around_an_optimum(rate)
     assert progress == pytest.approx(tau / (tau + _HORIZON - 1), rel=2e-3)
@@ -175,7 +175,7 @@ def test_around_an_optimum_of_momentum(x64: None, momentum: float, rate: float) 
 
 @pytest.mark.parametrize("nu", [0.0, 0.5, 0.9])
 def test_around_an_optimum_of_qhm(x64: None, nu: float) -> None:
-    """By the covariances of iterate, momentum and x - c, and with D of both numbers."""
+    """The expectation comes from the covariance of iterate, momentum and x - c."""
     momentum, rate, kept = 0.8, 0.1, 1 - 1 / _HORIZON
     moved = np.array([-rate * (1 - nu * momentum), -rate * nu * momentum, 0])
     transition = np.array([[1, 0, 0], [1 - momentum, momentum, 0], [0, 0, kept]])
@@ -192,7 +192,7 @@ def test_around_an_optimum_of_qhm(x64: None, nu: float) -> None:
 
 
 def test_around_an_optimum_of_optax(x64: None) -> None:
-    """With the optimizer in the loop, away from the origin, at another curvature."""
+    """Optax makes the steps, away from the origin and at another curvature."""
     curvature, momentum, rate = 2.5, 0.5, 0.1
     optimizer = optax.chain(
         optax.sgd((1 - momentum) * rate / curvature, momentum),
@@ -225,7 +225,7 @@ def test_around_an_optimum_of_optax(x64: None) -> None:
 def test_a_walk_of_momentum_is_near_one_once_the_horizon_is_long(
     x64: None, momentum: float
 ) -> None:
-    """Of steps that are correlated, D times longer: a horizon of 2000 to 2064 steps."""
+    """The steps are correlated, and D times longer. The horizon is 2000 to 2064."""
     directions, d = [], np.zeros(512)
     for row in _WHITE.T:
         d = momentum * d + (1 - momentum) * row
@@ -250,7 +250,7 @@ def test_without_replacement_it_is_lower(x64: None, epoch: int) -> None:
     assert progress[-1] == pytest.approx(expected, rel=0.1)
     assert expected < 0.75
     if epoch == 8:
-        # As if a third of an epoch were the relaxation time.
+        # Progress is as if a third of an epoch were the relaxation time.
         tau = (epoch + 1) / 3
         expected = np.mean(tau / horizons(512)[-64:])
         assert np.mean(progress[-64:]) == pytest.approx(expected, rel=0.1)
@@ -265,7 +265,7 @@ def test_it_does_not_depend_on_units_or_on_the_place(x64: None) -> None:
     for factor in (2.0**-40, 2.0**40):
         scaled = jax.tree.map(lambda x, s=factor: s * x, moves)
         np.testing.assert_array_equal(_measured(scaled, 0.5)[0], progress)
-    # Each leaf in a unit of its own.
+    # Each leaf may have a unit of its own.
     units = {"a": 1e-6, "b": 3.0, "c": 1e5}
     scaled = {name: units[name] * x for name, x in moves.items()}
     np.testing.assert_allclose(_measured(scaled, 0.5)[0], progress, rtol=1e-9)

@@ -60,7 +60,7 @@ def test_the_search_ends_when_the_losses_stop_falling(
     fit: Any = None
     for step, loss in enumerate(run.losses):
         searches = step % interval == 0 and ended is None
-        # A line accepts every step that goes down; gamma is 0.1, the factor 2.
+        # On a line every step down is accepted. Gamma is 0.1, and the factor 2.
         rate *= 1 + (1 - 0.9**interval) if searches else 1
         assert rates([states[step]]) == pytest.approx([rate], rel=1e-9)
         if ended is None and (with_value or searches):

@@ -47,7 +47,7 @@ class Search(NamedTuple):
         for trial in range(1, self.max_trials + 1):
             reached = loss(x - eta * descent)
             bound = loss(x) - self.sufficient_decrease * eta * slope
-            # What hinges on rounding says nothing.
+            # A decision that rounding can change says nothing.
             expect(bool(abs(reached - bound) > 1e-9 * (abs(reached) + abs(bound))))
             if reached <= bound:
                 return eta, trial
@@ -112,7 +112,7 @@ def make_batches(
     }
 
 
-# Compiled once for all numbers, which are traced.
+# All numbers are traced, so it is compiled once for them.
 @functools.partial(jax.jit, static_argnames=("along", "with_value"))
 def ssls_history(
     search: Search,

@@ -93,7 +93,7 @@ def test_mb_is_the_variance_of_independent_samples(name: str) -> None:
 
 
 def _dof(num_samples: int) -> tuple[int, int]:
-    """Of batch means: in statopt, and by the number of batches."""
+    """Degrees of freedom of batch means, in statopt and by the number of batches."""
     length = math.isqrt(num_samples)
     return length - 1, num_samples // length - 1
 
@@ -165,14 +165,14 @@ def test_the_rate_can_have_a_floor() -> None:
         )
         return _on_losses(optimizer, jnp.zeros(100))["learning_rate"][-1]
 
-    # Which is the default.
+    # No floor is the default.
     assert paths("sasa_plus")["min_learning_rate"] == 0.0
     assert rate_at_the_end(0.0) < 1e-15
     assert rate_at_the_end(0.02) == np.float32(0.02)
 
 
 def _statopt_slots(num_steps: int, leak_ratio: int) -> int:
-    """Of its buffer, by the rule in the guide: so long since the last drop."""
+    """The slots of its buffer, by the rule in the guide, so long after a drop."""
     slots, end = 1000, 0
     for step in range(1, num_steps + 1):
         if end == slots:
@@ -210,7 +210,7 @@ def test_the_memory_of_samples_is_fixed_and_statopts_grows() -> None:
 
 
 def _batches(guide: dict[str, Any], num_steps: int) -> list[tuple[Any, Any]]:
-    """Those of the guide's loop, on the device."""
+    """The mini-batches of the guide's loop, on the device."""
     images, labels = guide["images"], guide["labels"]
     starts = [32 * (step % 20) for step in range(1, num_steps + 1)]
     return [(images[i : i + 32], labels[i : i + 32]) for i in starts]
@@ -221,8 +221,8 @@ def test_steps_run_without_a_transfer() -> None:
     train_step, optimizer = guide["train_step"], guide["optimizer"]
     params = jax.tree.map(jnp.zeros_like, guide["params"])
     state, batches = optimizer.init(params), _batches(guide, 1200)
-    # A CPU's memory is the host's, so there the guard sees one way only. For the
-    # other: a compiled step could not wait for the host but by a callback.
+    # On a CPU, whose memory is the host's, the guard sees one direction only. For the
+    # other, a compiled step could wait for the host only in a callback.
     program = train_step.lower(params, state, *batches[0]).as_text()
     assert not re.search("callback|infeed|outfeed", program)
     with jax.transfer_guard("disallow"):
@@ -279,8 +279,8 @@ def _search_once(
     return sasa_optax.metrics(state)
 
 
-# The rate after a step, by statopt's rule: of a first trial that is accepted, and of
-# two that fail, or no descent.
+# The rate after a step, by statopt's rule, if the first trial is accepted; and if two
+# trials fail, or there is no descent.
 _UP, _DOWN = 0.9 + 0.1 * 2.0, 0.9 + 0.1 * 0.5
 
 
@@ -309,8 +309,8 @@ def test_a_gradient_of_zero_is_no_descent() -> None:
 @pytest.mark.parametrize(("rise", "rate"), [(0.0, _UP), (4.0, _DOWN)])
 def test_a_rise_within_rounding_is_no_failure(rise: float, rate: float) -> None:
     loss = jnp.asarray(256.0, jnp.bfloat16)
-    # The decrease that is asked for, of 0.05 * 2, is less than half of what bfloat16
-    # resolves there: statopt's condition fails at once.
+    # The required decrease of 0.05 * 2 is less than half of what bfloat16 resolves
+    # there, so statopt's condition fails at once.
     assert loss - jnp.bfloat16(0.1) == loss
     assert 256.0 > 256.0 - 0.05 * 2.0
     metrics = _search_once(256.0 + rise, loss)
@@ -319,7 +319,7 @@ def test_a_rise_within_rounding_is_no_failure(rise: float, rate: float) -> None:
 
 @jax.jit
 def _salsa_on_losses(losses: jax.Array, warmup_steps: Any) -> dict[str, jax.Array]:
-    """Its test of the statistic fires from step 5 on, and acts after the warm-up."""
+    """SALSA whose statistic's test fires from step 5 on, and acts after the warm-up."""
     optimizer = sasa_optax.salsa(
         1e-6, test=always_stationary, window=_warming_up(warmup_steps)
     )
@@ -343,14 +343,14 @@ def test_a_test_that_fires_during_warmup_does_not_end_the_search() -> None:
 
 
 def test_a_nan_sample_is_left_out() -> None:
-    # The samples of SASA+, of which the result holds the sum.
+    # First the samples of SASA+. The result holds their sum.
     optimizer = sasa_optax.sasa_plus(
         1.0, momentum=0.0, test=always_stationary, window=_warming_up(100)
     )
     params = jnp.ones(2)
     update, state = jax.jit(optimizer.update), optimizer.init(params)
     for gradient in (0.1, 0.2, np.nan, 0.3, 0.4, 0.5):
-        # The momentum is another matter: it stays NaN, as anywhere.
+        # The momentum would stay NaN, as with any optimizer.
         state = optax.tree.set(state, trace=jnp.zeros(2))
         _, state = update(jnp.full(2, gradient), state, params)
     metrics = sasa_optax.metrics(state)
@@ -360,7 +360,7 @@ def test_a_nan_sample_is_left_out() -> None:
     samples = 2 * (gradients - gradients**2 / 2)
     np.testing.assert_allclose(metrics["test_mean"], samples.sum(), rtol=1e-5)
 
-    # The losses of SLOPE and SALSA.
+    # Then the losses of SLOPE and SALSA.
     losses = _FALLING.copy()
     losses[20] = np.nan
     slope = _slope_on_losses(losses)
@@ -380,7 +380,7 @@ def test_losses_that_do_not_vary_drop_nothing() -> None:
     losses = np.full(40, 0.7, np.float32)
     assert not _slope_on_losses(losses)["num_drops"].any()
     assert _salsa_on_losses(losses, 100)["line_search_active"].all()
-    # They do where losses rise.
+    # Losses that rise do.
     assert _slope_on_losses(-_FALLING)["num_drops"][-1] > 0
     # Where there is no variation, statopt takes zero for the correlation.
     assert scipy.stats.t.cdf(0.0, 38) >= 0.05
@@ -421,7 +421,7 @@ def test_what_statopt_lets_pass_is_refused() -> None:
     for path, value in (("search.smoothing", 5.0), ("momentum", 1.0), ("nu", 7.0)):
         with pytest.raises(ValueError, match=f"{path.split('.')[-1]} must be"):
             make("salsa", {path: value})
-    # And what it refuses, is not.
+    # What statopt refuses is allowed.
     make("sasa_plus", {"window.min_samples": 4})
     with pytest.raises(ValueError, match="min_samples must be"):
         make("sasa_plus", {"window.min_samples": 3})
@@ -439,7 +439,7 @@ def test_after_the_switch_nothing_is_evaluated() -> None:
 
 
 def test_the_search_of_ssls_never_ends() -> None:
-    # Losses that make SALSA end its own.
+    # The search of SALSA ends on the same losses.
     run = jax.jit(functools.partial(_on_losses, sasa_optax.ssls(1e-6)))
     assert run(-_FALLING)["line_search_active"].all()
     assert not _salsa_on_losses(-_FALLING, 100)["line_search_active"][-1]
