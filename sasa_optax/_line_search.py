@@ -15,7 +15,7 @@ import optax
 
 from sasa_optax import _checks, _decay, _epochs, _stationarity, _tree, _types, _window
 from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
-from sasa_optax._types import DType, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 _SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 
@@ -26,7 +26,7 @@ _CALL = (
 )
 
 
-@_types.options("direction")
+@_types.options("direction", "batch_axis_name")
 class LineSearch:
     r"""How `ssls` and `salsa` search for the rate.
 
@@ -62,6 +62,11 @@ class LineSearch:
         :math:`1 - (1 - \gamma)^m`. Between searches `salsa` records a loss if ``value``
         is given; if not, each recorded loss counts for this many. Default 1.
       max_learning_rate: the highest rate. Default None: there is no bound.
+      batch_axis_name: the axis of `jax.pmap` or `jax.shard_map`, or a tuple of them,
+        over which the examples of a mini-batch are spread, so that each device has a
+        loss of its own. The search averages the losses over it, and all devices find
+        the same rate. Average the gradients over it yourself. Default None: every
+        device has the loss of all examples.
       loss_test: the `SlopeTest` of the losses, which ends the search of `salsa` when
         they no longer fall. The search of `ssls` never ends. Default ``SlopeTest()``.
 
@@ -82,10 +87,12 @@ class LineSearch:
     direction: Literal["gradient", "update"] = "gradient"
     interval: Numeric = 1
     max_learning_rate: Numeric | None = None
+    batch_axis_name: AxisName = None
     loss_test: _stationarity.SlopeTest = _stationarity.SlopeTest()
 
     def __post_init__(self) -> None:
         _checks.choice("direction", self.direction, _SUFFICIENT_DECREASE)
+        _checks.axis_name(self.batch_axis_name, "batch_axis_name")
         _checks.instance("loss_test", self.loss_test, _stationarity.SlopeTest)
         _checks.fields(
             self,
@@ -294,6 +301,8 @@ class SearchingController:
         own_arguments = _own_arguments(value_fn, others)
 
         def regularized(loss: jax.Array, params: optax.Params) -> jax.Array:
+            if self.search.batch_axis_name is not None:
+                loss = jax.lax.pmean(loss, self.search.batch_axis_name)
             penalty = _decay.regularizer(decay, params, dtype, axis_name)
             return loss.astype(dtype) + penalty
 
