@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sasa_optax import _checks, _tree, _types
@@ -191,11 +192,11 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
       opt_state: the state of an optimizer with `adapt_on_progress`, `measure_progress`,
         `average_iterates` or ``average=True`` in it, at any depth: a chain,
         `optax.masked`, `optax.partition`, `optax.MultiSteps`, a Flax train state.
-      params: the current parameters. They give the result its structure and dtypes, and
-        stand in for parameters that are not averaged. They are needed where the dtypes
-        differ (bfloat16), with Flax NNX (``nnx.state(model, nnx.Param)``), and under
-        `optax.masked` or `optax.partition`. Default None: the average as it is kept,
-        which for parameters of float32 or float64 is the same.
+      params: the current parameters, or a model that contains them. They give the
+        result its structure and dtypes, and stand in for what is not averaged. They are
+        needed where the dtypes differ (bfloat16), with Flax NNX (``nnx.state(model,
+        nnx.Param)``), and under `optax.masked` or `optax.partition`. Default None: the
+        average as it is kept, which for parameters of float32 or float64 is the same.
 
     Returns:
       The average, in buffers of its own: the state may be donated afterwards. Before
@@ -231,8 +232,11 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
             raise ValueError(f"opt_state averages the parameter {name} twice.")
         found[path] = leaf
 
-    def of_leaf(path: Any, x: Numeric) -> jax.Array:
-        leaf = found.pop(path, x)
+    def of_leaf(path: Any, x: Any) -> Any:
+        if path not in found:
+            # Also what is no number, such as the functions in an Equinox model.
+            return jnp.array(x) if isinstance(x, jax.Array | np.ndarray) else x
+        leaf = found.pop(path)
         if jnp.shape(leaf) != jnp.shape(x):
             raise ValueError(
                 f"params must have the shapes of those that are averaged, got "

@@ -121,12 +121,12 @@ def boolean(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
-def axis_name(value: Any) -> None:
+def axis_name(value: Any, name: str = "axis_name") -> None:
     names = value if isinstance(value, tuple) else (value,)
     if value is not None and not all(isinstance(axis, str) for axis in names):
         raise ValueError(
-            f"axis_name must be the name of a mesh axis, a tuple of names, or None, "
-            f"got {value!r}."
+            f"{name} must be the name of a mesh axis, a tuple of names, or None, got "
+            f"{value!r}."
         )
 
 

@@ -1,9 +1,6 @@
 """A record of a run: how the rate moved, and why."""
 
-import csv
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from sasa_optax import _plot
+from sasa_optax import _plot, _records
 from sasa_optax._metrics import read_test
+from sasa_optax._records import Row
 from sasa_optax._stationarity import TestResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, bool | int | float]
 _COUNTS = ("num_overshoots", "num_brakes", "num_nonfinite")
 
 
@@ -131,10 +128,18 @@ class Cut:
 
 
 def _to_python(name: str, value: Any) -> bool | int | float:
-    array = np.asarray(value)
+    """A number that every format can hold."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
     if array.shape:
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
-    return array.item()
+    number = array.item()
+    # Python's own integers may be too large for a float.
+    if array.dtype.kind == "O" or not isinstance(number, bool | int | float):
+        raise ValueError(f"{name} must be a real number, got {value!r}.")
+    return number
 
 
 class History:
@@ -145,6 +150,11 @@ class History:
     but not at every step, since each call of `record` waits for the device. Feed it the
     metrics of `adapt_on_progress` every 10 to 100 steps. Start with those of
     ``optimizer.init``: the second record is compared with the first.
+
+    Args:
+      path: a file of JSON lines to which each record is appended, so that a killed job
+        loses at most the record that it was writing. If the file exists, its records
+        are read first. Default None: records are in memory only.
 
     Attributes:
       rows: the records, each a dict of Python numbers.
@@ -164,11 +174,16 @@ class History:
       0.7
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.rows: list[Row] = []
         self.drops: list[Drop] = []
         self.cuts: list[Cut] = []
         self.switch: Switch | None = None
+        if path is not None and os.path.exists(path):
+            for row in _records.read(path):
+                self._add(row)
+            _records.mend(path)
+        self._path = path
 
     def record(
         self, metrics: Mapping[str, Any], **values: Any
@@ -190,6 +205,11 @@ class History:
           ValueError: if ``metrics`` is not of one optimizer, or one of the values is
             no scalar or has the name of a metric.
         """
+        if not isinstance(metrics, Mapping):
+            raise ValueError(
+                "metrics must be what `sasa_optax.metrics(opt_state)` returned, got "
+                f"{type(metrics)}."
+            )
         if "step" not in metrics or not metrics.keys() & {"num_drops", "progress"}:
             raise ValueError(
                 "metrics must be those of one optimizer, with the key 'step', and with "
@@ -199,17 +219,25 @@ class History:
             raise ValueError(f"values must not be named as metrics are, got {clash}.")
         fetched = jax.device_get({**metrics, **values})
         row = {name: _to_python(name, value) for name, value in fetched.items()}
+        event = self._add(row)
+        if self._path is not None:
+            _records.append(self._path, row)
+        return event
+
+    def _add(self, row: Row) -> Drop | Cut | Switch | None:
         last = self._rewind(row["step"])
         self.rows.append(row)
         return None if last is None else self._compare(last, row)
 
     def _rewind(self, step: float) -> Row | None:
         """Forgets what is not before a step, and returns the newest row before it."""
-        self.rows = [old for old in self.rows if old["step"] < step]
+        while self.rows and self.rows[-1]["step"] >= step:
+            self.rows.pop()
         last = self.rows[-1] if self.rows else None
         seen = last["step"] if last else 0
-        self.drops = [old for old in self.drops if old.step <= seen]
-        self.cuts = [old for old in self.cuts if old.step <= seen]
+        for events in (self.drops, self.cuts):
+            while events and events[-1].step > seen:
+                events.pop()
         if self.switch is not None and self.switch.step > seen:
             self.switch = None
         return last
@@ -264,7 +292,9 @@ class History:
     @property
     def rate_name(self) -> str:
         """Which key is the rate: "learning_rate", or "scale" where there is none."""
-        has_rate = self.rows and "learning_rate" in self.rows[0]
+        # `adapt_on_progress` cuts the scale, even where the rate is known.
+        names = self.rows[0].keys() if self.rows else ()
+        has_rate = "learning_rate" in names and "num_drops" in names
         return "learning_rate" if has_rate else "scale"
 
     def explain(self) -> str:
@@ -277,27 +307,24 @@ class History:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as CSV, a column for each name that occurs."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        _records.write_csv(path, self.rows)
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as JSON lines, with null for what is not finite."""
-        with open(path, "w") as file:
-            for row in self.rows:
-                finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-                file.write(json.dumps(finite) + "\n")
+        _records.write_jsonl(path, self.rows)
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> "History":
-        """Reads what `to_jsonl` wrote, to go on with a run that was restarted."""
+        """Reads what `to_jsonl` or a `History` with this path wrote.
+
+        A last line that a kill has cut off is left out.
+
+        Raises:
+          ValueError: if another line is no record. It names the file and the line.
+        """
         history = cls()
-        with open(path) as file:
-            for row in map(json.loads, file):
-                filled = {k: math.nan if v is None else v for k, v in row.items()}
-                history.record(filled)
+        for row in _records.read(path):
+            history._add(row)
         return history
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":

@@ -15,17 +15,18 @@ import optax
 
 from sasa_optax import _checks, _decay, _epochs, _stationarity, _tree, _types, _window
 from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
-from sasa_optax._types import DType, Numeric
+from sasa_optax._types import AxisName, DType, Numeric
 
 _SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 
 _CALL = (
     "`updates, state = optimizer.update(grads, state, params, grad=grads, "
-    "value_fn=value_fn)`, where `value_fn(params)` is the loss of this mini-batch."
+    "value_fn=value_fn)`, where `value_fn(params)` is the loss of this mini-batch. "
+    "Flax's `TrainState.apply_gradients` and NumPyro's `SVI` do not pass `value_fn` on."
 )
 
 
-@_types.options("direction")
+@_types.options("direction", "batch_axis_name")
 class LineSearch:
     r"""How `ssls` and `salsa` search for the rate.
 
@@ -61,6 +62,11 @@ class LineSearch:
         :math:`1 - (1 - \gamma)^m`. Between searches `salsa` records a loss if ``value``
         is given; if not, each recorded loss counts for this many. Default 1.
       max_learning_rate: the highest rate. Default None: there is no bound.
+      batch_axis_name: the axis of `jax.pmap` or `jax.shard_map`, or a tuple of them,
+        over which the examples of a mini-batch are spread, so that each device has a
+        loss of its own. The search averages the losses over it, and all devices find
+        the same rate. Average the gradients over it yourself. Default None: every
+        device has the loss of all examples.
       loss_test: the `SlopeTest` of the losses, which ends the search of `salsa` when
         they no longer fall. The search of `ssls` never ends. Default ``SlopeTest()``.
 
@@ -81,10 +87,12 @@ class LineSearch:
     direction: Literal["gradient", "update"] = "gradient"
     interval: Numeric = 1
     max_learning_rate: Numeric | None = None
+    batch_axis_name: AxisName = None
     loss_test: _stationarity.SlopeTest = _stationarity.SlopeTest()
 
     def __post_init__(self) -> None:
         _checks.choice("direction", self.direction, _SUFFICIENT_DECREASE)
+        _checks.axis_name(self.batch_axis_name, "batch_axis_name")
         _checks.instance("loss_test", self.loss_test, _stationarity.SlopeTest)
         _checks.fields(
             self,
@@ -261,8 +269,16 @@ class SearchingController:
         return direction, updates, state
 
     def _checked(self, extra: ExtraArgs) -> ExtraArgs:
-        if extra.others.get("value_fn") is None:
-            raise ValueError(f"The line search needs `value_fn`: call {_CALL}")
+        value_fn = extra.others.get("value_fn")
+        if value_fn is None:
+            functions = [name for name, x in extra.others.items() if callable(x)]
+            hint = f" Did you mean {functions[0]!r}?" if functions else ""
+            raise ValueError(f"The line search needs `value_fn`: call {_CALL}{hint}")
+        if not callable(value_fn):
+            raise ValueError(
+                "value_fn must be a function from parameters to the loss, got "
+                f"{value_fn!r}."
+            )
         if extra.grad is None:
             raise ValueError(f"The line search needs `grad`: call {_CALL}")
         if extra.value is None:
@@ -285,6 +301,8 @@ class SearchingController:
         own_arguments = _own_arguments(value_fn, others)
 
         def regularized(loss: jax.Array, params: optax.Params) -> jax.Array:
+            if self.search.batch_axis_name is not None:
+                loss = jax.lax.pmean(loss, self.search.batch_axis_name)
             penalty = _decay.regularizer(decay, params, dtype, axis_name)
             return loss.astype(dtype) + penalty
 

@@ -60,18 +60,21 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         `optax.MultiSteps`, a Flax train state.
 
     Returns:
-      A controller gives ``step``, ``learning_rate`` (except for
-      `reduce_on_stationarity`), ``scale``, ``num_drops``, ``last_drop``,
-      ``num_nonfinite``, and the newest `TestResult` as ``test_step``, ``test_mean``,
-      ``test_lower``, ``test_upper``, ``test_p_value``, ``test_num_samples``,
-      ``test_stationary``. `ssls` and `salsa` add ``line_search_active``,
-      ``step_size``, ``num_evaluations``. `salsa` also adds the newest test of the
-      losses, as ``loss_test_step`` and so on.
+      A controller gives ``step``, ``learning_rate``, ``scale``, ``num_drops``,
+      ``last_drop``, ``num_nonfinite``, and the newest `TestResult` as ``test_step``,
+      ``test_mean``, ``test_lower``, ``test_upper``, ``test_p_value``,
+      ``test_num_samples``, ``test_stationary``. `ssls` and `salsa` add
+      ``line_search_active``, ``step_size``, ``num_evaluations``. `salsa` also adds the
+      newest test of the losses, as ``loss_test_step`` and so on.
 
       `adapt_on_progress` gives ``step``, ``progress``, ``scale``, ``target``,
       ``sees_loss``, ``num_overshoots``, ``num_brakes``, ``num_nonfinite``,
       ``last_cut``, ``ceiling`` (infinite before the first cut), and of the `LossState`
       ``loss_fast``, ``loss_slow``, ``loss_first``, ``loss_best``.
+
+      `reduce_on_stationarity` and `adapt_on_progress` do not know the rate of the other
+      optimizer. They give ``learning_rate``, that rate times the scale, if the other
+      optimizer shows it, as ``optax.inject_hyperparams(optax.adamw)(1e-3)`` does.
 
       `measure_progress` gives ``step`` and ``progress``. Beside a controller it adds
       ``progress`` alone.
@@ -109,5 +112,15 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         if len(names) > len(set(names)):
             prefix = jax.tree_util.keystr(path, simple=True, separator="/") + "/"
         result |= {prefix + name: x for name, x in fields.items()}
+    result = {name: x for name, x in result.items() if x is not None}
+    injected = [x for path, x in leaves if _is_injected_rate(path)]
+    if "learning_rate" not in result and "scale" in result and len(injected) == 1:
+        result["learning_rate"] = injected[0] * result["scale"]
     # Through asarray, since Flax NNX wraps each array of an optimizer's state.
-    return {name: jnp.asarray(x) for name, x in result.items() if x is not None}
+    return {name: jnp.asarray(x) for name, x in result.items()}
+
+
+def _is_injected_rate(path: tuple[Any, ...]) -> bool:
+    """Whether the path is that of a rate which `optax.inject_hyperparams` shows."""
+    names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
+    return names == ["hyperparams", "learning_rate"]

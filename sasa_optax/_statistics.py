@@ -128,7 +128,10 @@ def as_statistic(
     if callable(statistic):
         return _stateless(lambda t: [], lambda products, t: statistic(t))
     makers = {"master": master_statistic, "centred": centred_statistic}
-    others = "a Statistic or a function from Transition"
+    others = (
+        "a Statistic or a function from Transition (named in static_args under "
+        "optax.inject_hyperparams)"
+    )
     _checks.choice("statistic", statistic, makers, others)
     return makers[statistic](momentum, nu)
 

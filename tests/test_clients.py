@@ -159,6 +159,22 @@ def _model(data: jax.Array) -> None:
 
 
 # SVI passes gradients, parameters and the loss, but no function to search along.
+def test_the_averaged_model_of_equinox_keeps_its_functions_and_integers() -> None:
+    model = eqx.nn.MLP(4, 1, 8, depth=2, key=jax.random.key(0))
+    optimizer = optax.chain(optax.sgd(0.5), sasa_optax.average_iterates())
+    params = eqx.filter(model, eqx.is_inexact_array)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+        params = eqx.apply_updates(params, updates)
+    averaged = sasa_optax.averaged_params(state, eqx.combine(params, model))
+    assert averaged.activation is model.activation
+    assert averaged.depth is model.depth
+    expected = sasa_optax.averaged_params(state)
+    chex.assert_trees_all_equal(eqx.filter(averaged, eqx.is_inexact_array), expected)
+    assert jnp.all(jax.vmap(averaged)(jnp.ones((2, 4))) != 0)
+
+
 @_environment("NumPyro's SVI through `optax_to_numpyro`, the loss negative")
 @pytest.mark.parametrize(
     "name",

@@ -83,6 +83,33 @@ def test_metrics_of_a_scale_have_no_learning_rate() -> None:
     assert set(sasa_optax.metrics(optimizer.init(_PARAMS))) == _KEYS - {"learning_rate"}
 
 
+@pytest.mark.parametrize(
+    "last", [sasa_optax.reduce_on_stationarity(), sasa_optax.adapt_on_progress()]
+)
+def test_a_rate_that_the_other_optimizer_shows_is_multiplied_by_the_scale(
+    last: Any,
+) -> None:
+    adamw = optax.inject_hyperparams(optax.adamw)(learning_rate=0.25)
+    optimizer = optax.chain(optax.clip(1.0), adamw, last)
+    state = optax.tree.set(optimizer.init(_PARAMS), scale=jnp.float32(0.125))
+    for read in (sasa_optax.metrics, jax.jit(sasa_optax.metrics)):
+        assert float(read(state)["learning_rate"]) == 0.25 * 0.125
+
+
+def test_an_injected_rate_of_its_own_is_not_counted_twice() -> None:
+    make = optax.inject_hyperparams(sasa_optax.sasa_plus)
+    metrics = sasa_optax.metrics(make(learning_rate=0.5).init(_PARAMS))
+    assert float(metrics["learning_rate"]) == 0.5
+
+
+def test_two_injected_rates_are_no_rate() -> None:
+    adamw = optax.inject_hyperparams(optax.adamw)
+    optimizer = optax.chain(
+        adamw(0.1), adamw(learning_rate=0.2), sasa_optax.reduce_on_stationarity()
+    )
+    assert "learning_rate" not in sasa_optax.metrics(optimizer.init(_PARAMS))
+
+
 _SEARCH_KEYS = {"line_search_active", "step_size", "num_evaluations"}
 
 

@@ -142,6 +142,24 @@ def test_missing_arguments_are_named(make: Any) -> None:
             optimizer.update(x, state, x, value_fn=quadratic)
 
 
+@for_all
+def test_what_may_have_been_meant_for_value_fn_is_named(make: Any) -> None:
+    optimizer, x = make(), jnp.ones(2)
+    state = optimizer.init(x)
+    with pytest.raises(ValueError, match=r"needs `value_fn`.*Did you mean 'loss_fn'"):
+        optimizer.update(x, state, x, grad=x, loss_fn=quadratic)
+    with pytest.raises(ValueError, match=r"apply_gradients.*SVI") as error:
+        optimizer.update(x, state, x, grad=x, batch=x)
+    assert "Did you mean" not in str(error.value)
+
+
+@for_all
+def test_value_fn_must_be_a_function(make: Any) -> None:
+    optimizer, x = make(), jnp.ones(2)
+    with pytest.raises(ValueError, match=r"^value_fn must be a function.*got 3\.0\."):
+        optimizer.update(x, optimizer.init(x), x, grad=x, value_fn=3.0)
+
+
 @pytest.mark.parametrize("make", [sasa_optax.ssls, sasa_optax.salsa])
 @pytest.mark.parametrize(
     ("result", "message"),
