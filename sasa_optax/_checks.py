@@ -111,6 +111,16 @@ def params(params: optax.Params | None) -> optax.Params:
     return params
 
 
+def state(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"The state must be a sasa_optax.{kind.__name__}, got a "
+            f"{type(state).__name__}. A state fits the optimizer whose `init` made it, "
+            "and another one only if `average` and `statistic` are the same: see "
+            "docs/checkpointing.md."
+        )
+
+
 def instance(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a sasa_optax.{kind.__name__}, got {value!r}.")

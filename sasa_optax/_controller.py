@@ -5,7 +5,7 @@ in the test, and in what made the direction.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,8 @@ Step = tuple[optax.Updates, optax.Updates, Any]
 class RateController(Protocol):
     """What turns directions into updates: a `Controller`, or a search before one."""
 
+    state_type: ClassVar[type]
+
     def init(self, params: optax.Params) -> Any: ...
 
     def step(
@@ -117,6 +119,7 @@ def as_transformation(
         value: Numeric | None = None,
         **others: Any,
     ) -> tuple[optax.Updates, Any]:
+        _checks.state(state, controller.state_type)
         direction = _tree.scale(-1.0, updates) if scales_updates else updates
         extra = ExtraArgs(grad, value, 0.0, others)
         params = _checks.params(params)
@@ -147,6 +150,7 @@ class Controller:
     test: _stationarity.StationarityTest | None = None
     window: _window.Window = _window.Window()
     axis_name: AxisName = None
+    state_type: ClassVar[type] = ControllerState
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.learning_rate, allow_schedule=True)
@@ -222,6 +226,12 @@ class Controller:
         """The direction to keep, the sample as a row, and the statistic's state."""
         recorded, dtype = self.statistic, rate.dtype
         assert recorded is not None
+        expected = jax.tree.leaves(jax.eval_shape(recorded.init, params))
+        if len(expected) != len(jax.tree.leaves(state.statistic)):
+            raise ValueError(
+                f"The state is not that of the statistic {recorded!r}: begin with "
+                "`state = optimizer.init(params)`."
+            )
 
         def transition(direction: Any, params: Any, grad: Any) -> Transition:
             updates = _tree.scale(-rate, direction)

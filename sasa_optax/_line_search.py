@@ -7,7 +7,7 @@ stops falling, or when the controller cuts the rate.
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +215,7 @@ class SearchingController:
 
     search: LineSearch
     controller: Controller
+    state_type: ClassVar[type] = LineSearchState
 
     def __post_init__(self) -> None:
         _checks.learning_rate(self.controller.learning_rate, allow_schedule=False)

@@ -73,6 +73,7 @@ def with_momentum(
     ) -> tuple[optax.Updates, MomentumState]:
         del grad
         params = _checks.params(params)
+        _checks.state(state, MomentumState)
         grads = _decay.decayed_grads(updates, weight_decay, params)
         # Zeroed in the pass that reads it: at the drop itself, the trace had already
         # been written.

@@ -377,6 +377,30 @@ def test_a_saved_run_goes_on_with_an_average() -> None:
     assert int(after.controller.step) == int(average.num_averaged) == 1
 
 
+_OTHERS = {
+    "with an average": ({}, {"average": True}),
+    "without its average": ({"average": True}, {}),
+    "with another statistic": ({}, {"statistic": "centred"}),
+    "without its statistic": ({"statistic": "centred"}, {}),
+}
+
+
+@pytest.mark.parametrize("which", _OTHERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(sasa_optax.sasa_plus, 1.0),
+        functools.partial(sasa_optax.scale_by_sasa_plus, 1.0),
+    ],
+)
+def test_a_state_of_other_options_says_so(make: Any, which: str) -> None:
+    saved, wanted = _OTHERS[which]
+    params = jnp.ones(2)
+    state = make(**saved).init(params)
+    with pytest.raises(ValueError, match=r"The (state|number of updates and states) "):
+        make(**wanted).update(params, state, params)
+
+
 # Numbers that are not finite.
 
 

@@ -167,7 +167,8 @@ def test_the_averaged_model_of_equinox_keeps_its_functions_and_integers() -> Non
     for _ in range(3):
         updates, state = optimizer.update(params, state, params)
         params = eqx.apply_updates(params, updates)
-    averaged = sasa_optax.averaged_params(state, eqx.combine(params, model))
+    trained: Any = eqx.combine(params, model)
+    averaged: Any = sasa_optax.averaged_params(state, trained)
     assert averaged.activation is model.activation
     assert averaged.depth is model.depth
     expected = sasa_optax.averaged_params(state)
