@@ -187,60 +187,6 @@ def test_pmap(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-@pytest.mark.parametrize("passes_value", [False, True])
-@pytest.mark.parametrize("by", ["pmap", "shard_map"])
-@pytest.mark.parametrize("kind", ["ssls", "salsa"])
-def test_a_search_over_the_examples_of_all_devices(
-    kind: str, by: str, passes_value: bool
-) -> None:
-    """Each device has the loss of its own examples. Their mean decides."""
-
-    def value_fn(x: jax.Array, examples: jax.Array) -> jax.Array:
-        curvatures = 1 + examples**2
-        return jnp.mean(jnp.sum(curvatures * (x - examples) ** 2, axis=-1))
-
-    def step(x: Any, state: Any, examples: Any, axis: str | None) -> Any:
-        search = sasa_optax.LineSearch(batch_axis_name=axis)
-        optimizer = getattr(sasa_optax, kind)(search=search, steps_per_epoch=4)
-        value, grads = jax.value_and_grad(value_fn)(x, examples)
-        if axis is not None:
-            grads = jax.lax.pmean(grads, axis)
-        extra: Any = {"value": value} if passes_value else {}
-        updates, state = optimizer.update(
-            grads, state, x, value_fn=value_fn, examples=examples, **extra
-        )
-        return optax.apply_updates(x, updates), state
-
-    rng = np.random.default_rng(0)
-    # What a device sees differs much from what the others see.
-    spread = np.arange(NUM_DEVICES, dtype=np.float32)[:, None, None]
-    batches = spread * rng.normal(size=(12, NUM_DEVICES, 4, 3)).astype(np.float32)
-    x = jnp.full(3, 2.0)
-    state = getattr(sasa_optax, kind)(steps_per_epoch=4).init(x)
-    expected = actual = (x, state)
-    alone = jax.jit(functools.partial(step, axis=None))
-    for batch in batches:
-        expected = alone(*expected, batch.reshape(-1, 3))
-    parallel = functools.partial(step, axis="data")
-    if by == "pmap":
-        actual = jax.tree.map(lambda x: np.stack([x] * NUM_DEVICES), actual)
-        mapped = jax.pmap(parallel, axis_name="data")
-        for batch in batches:
-            actual = mapped(*actual, batch)
-        for leaf in jax.tree.leaves(actual):
-            np.testing.assert_array_equal(leaf, np.stack([leaf[0]] * NUM_DEVICES))
-        actual = jax.tree.map(lambda x: x[0], actual)
-    else:
-        mesh = Mesh(jax.devices(), ("data",))
-        specs = (P(), P(), P("data"))
-        mapped = jax.jit(_shard_map(parallel, mesh, specs, (P(), P()), check=False))
-        for batch in batches:
-            actual = mapped(*actual, batch.reshape(-1, 3))
-    chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=1e-5)
-    assert float(optax.tree.get(actual[1], "learning_rate")) > 2e-3
-
-
-@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 @pytest.mark.parametrize("by", ["pmap", "shard_map"])
 @_environment(
     "data parallel by `pmap`, with `pmean` of the gradients", "adapt_on_progress"
@@ -281,7 +227,7 @@ def test_the_loss_is_averaged_over_the_examples(by: str) -> None:
     else:
         mesh = Mesh(jax.devices(), ("data",))
         specs = (P(), P(), P("data"))
-        mapped = _shard_map(parallel, mesh, specs, (P(), P()), check=False)
+        mapped = mapped_over(parallel, mesh, specs, (P(), P()), check=False)
         actual = run(jax.jit(mapped), params, state)
     losses = [optax.tree.get(state, "fast") for _, state in (actual, expected)]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
@@ -355,7 +301,7 @@ _SHARDED = {key: P("fsdp") for key in _SHAPES}
 _PARTLY = _SHARDED | {"b": P()}
 
 
-def _shard_map(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -> Any:
+def mapped_over(step: Any, mesh: Mesh, specs: Any, out_specs: Any, check: bool) -> Any:
     arguments = {"mesh": mesh, "in_specs": specs, "out_specs": out_specs}
     if _IS_RECENT:
         return jax.shard_map(step, **arguments, check_vma=check)
@@ -411,7 +357,7 @@ def _sharded_step(
     own = (specs, _state_like(optimizer, state, specs, P()))
     of_noise = {key: P(None, *spec) for key, spec in specs.items()}
     step = functools.partial(_step, optimizer)
-    return jax.jit(_shard_map(step, mesh, (*own, of_noise), own, check))
+    return jax.jit(mapped_over(step, mesh, (*own, of_noise), own, check))
 
 
 def _assert_sharded_by_hand(
