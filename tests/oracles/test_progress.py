@@ -124,10 +124,11 @@ def test_leaves_that_have_not_moved_do_not_count(x64: None) -> None:
     moves = _random_moves(0)
     alone = _measured(moves)[0]
     frozen = {"frozen": np.zeros((60, 4)), "counts": np.ones((60, 2), int)}
-    np.testing.assert_array_equal(_measured(moves | frozen)[0], alone)
+    # Another program may round differently.
+    np.testing.assert_allclose(_measured(moves | frozen)[0], alone, rtol=1e-14)
     late = np.where(np.arange(60) < 20, 0.0, 1.0)[:, None] * np.ones(5)
     progress = _measured(moves | {"late": late})[0]
-    np.testing.assert_array_equal(progress[:20], alone[:20])
+    np.testing.assert_allclose(progress[:20], alone[:20], rtol=1e-14)
     expected = (3 * alone + expected_progress(late))[20:] / 4
     np.testing.assert_allclose(progress[20:], expected, rtol=1e-9)
     np.testing.assert_array_equal(_measured(frozen)[0], 1.0)
