@@ -19,9 +19,10 @@ import sasa_optax
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
-# Before JAX 0.10 XLA on CPU laid out the operands of a sum once more.
-_lays_out_once = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA of this JAX copies what it sums over"
+# The figures of docs/performance.md are promised from JAX 0.10 on, as the page says:
+# XLA before that copies what it sums over.
+_from_jax_0_10 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="docs/performance.md is about JAX 0.10"
 )
 
 
@@ -38,7 +39,7 @@ def one_device() -> dict[str, Any]:
 
 # As shares of the parameters. What momentum's statistics need is the window, laid out
 # in order for the test; what Adam's do is the update of two megabytes' worth of leaves.
-@_lays_out_once
+@_from_jax_0_10
 @pytest.mark.parametrize(
     ("name", "most"),
     [
@@ -69,7 +70,7 @@ def test_temporaries(one_device: dict[str, Any], name: str, most: float) -> None
 # Progress puts the direction d into memory (3), averages (3), reads d for ||d||^2 (1),
 # and writes x' - c, reads it for its square and for the average, and c once more (4).
 # That the parameters may return to the average reads this for the update (1).
-@_lays_out_once
+@_from_jax_0_10
 @pytest.mark.parametrize(
     ("name", "plain", "most"),
     [
@@ -131,7 +132,8 @@ def test_the_guide_measures_a_model_of_ones_own(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 6), reason="on JAX 0.5 the conditional is a plain one"
+    jax.__version_info__ < (0, 6),
+    reason="a limit of JAX 0.5 itself, listed in docs/everywhere.md",
 )
 def test_a_population_tests_only_when_a_member_must() -> None:
     """What `jax.vmap` makes of `jax.lax.cond` would test all of them at each step."""

@@ -22,12 +22,16 @@ _wrapped = functools.partial(pytest.mark.environment, "4. optax")
 _OTHERS = [
     *("adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw"),
     *("adamw", "adan", "amsgrad", "fromage", "lamb", "lars", "lbfgs", "lion", "nadam"),
-    *("nadamw", "noisy_sgd", "novograd", "optimistic_adam_v2", "polyak_sgd", "radam"),
-    *("optimistic_gradient_descent", "rmsprop", "rprop", "sgd", "sign_sgd", "signum"),
+    *("nadamw", "noisy_sgd", "novograd", "polyak_sgd", "radam"),
+    *("optimistic_gradient_descent", "rmsprop", "rprop", "sgd", "sign_sgd"),
     *("sm3", "yogi", "acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog"),
-    *("dowg", "galore", "madgrad", "mechanize", "momo", "momo_adam", "muon", "prodigy"),
+    *("dowg", "mechanize", "momo", "momo_adam", "muon", "prodigy"),
     *("sam", "simplified_ademamix", "sophia"),
 ]
+# The oldest optax supported has none of these. In any other that is tested, a missing
+# name is an error.
+if optax.__version__ != "0.2.5":
+    _OTHERS += ["galore", "madgrad", "optimistic_adam_v2", "signum"]
 _ARGUMENTS: dict[str, Any] = {
     "mechanize": {"base_optimizer": optax.sgd(0.1)},
     "noisy_sgd": {"learning_rate": 0.1, "key": 0},
@@ -36,9 +40,7 @@ _ARGUMENTS: dict[str, Any] = {
 
 
 def _other(name: str) -> optax.GradientTransformationExtraArgs:
-    make = getattr(optax, name, None) or getattr(optax.contrib, name, None)
-    if make is None:
-        pytest.skip(f"this optax has no {name}")
+    make = getattr(optax, name, None) or getattr(optax.contrib, name)
     parameters = inspect.signature(make).parameters
     rate = {"learning_rate": 0.1} if "learning_rate" in parameters else {}
     return optax.with_extra_args_support(make(**_ARGUMENTS.get(name, rate)))
