@@ -107,12 +107,11 @@ class LineSearch:
 
     def resolved(self, steps_per_epoch: int | None) -> "LineSearch":
         """The search with its defaults filled in."""
-        defaults = {
-            "smoothing": _epochs.defaults(steps_per_epoch).smoothing,
-            "sufficient_decrease": _SUFFICIENT_DECREASE[self.direction],
-        }
-        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
-        return dataclasses.replace(self, **missing)
+        return _types.with_defaults(
+            self,
+            smoothing=_epochs.defaults(steps_per_epoch).smoothing,
+            sufficient_decrease=_SUFFICIENT_DECREASE[self.direction],
+        )
 
     def smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
         """(1 - gamma) * rate + gamma * ratio * rate, within its bounds."""

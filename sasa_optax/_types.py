@@ -52,3 +52,10 @@ def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
         return made
 
     return decorate
+
+
+def with_defaults(options: _Options, **defaults: Any) -> _Options:
+    """The options, with a default in place of each of these fields that is None."""
+    given: Any = options
+    missing = {k: v for k, v in defaults.items() if getattr(given, k) is None}
+    return dataclasses.replace(given, **missing)

@@ -1,6 +1,5 @@
 """The window of samples: the newest part of those since the last drop."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -63,10 +62,11 @@ class Window:
     def resolved(self, steps_per_epoch: int | None) -> "Window":
         """The window with its defaults filled in."""
         defaults = _epochs.defaults(steps_per_epoch)
-        given = self.min_samples, self.test_interval
-        least = defaults.min_samples if given[0] is None else given[0]
-        every = defaults.test_interval if given[1] is None else given[1]
-        return dataclasses.replace(self, min_samples=least, test_interval=every)
+        return _types.with_defaults(
+            self,
+            min_samples=defaults.min_samples,
+            test_interval=defaults.test_interval,
+        )
 
     def samples_needed(self, num_drops: jax.Array, factor: Numeric) -> jax.Array:
         """A test needs more samples than this, and never more than fit."""
