@@ -36,6 +36,8 @@ class ControllerState(NamedTuple):
       last_drop: the step of the newest drop, 0 before the first; shape (), int32.
       num_nonfinite: samples left out because they were not finite, shape (), int32.
       last_test: the newest `TestResult`. Its ``at_step`` is 0 before the first.
+      next_test: the step of the next test, at the earliest: a sample that is left out
+        delays it. Shape (), int32; None for `ssls`, which has no test.
       window: the `WindowState` of the samples since the last drop; None for `ssls`,
         which records nothing.
       statistic: the statistic's own state; ``()`` where it has none.
@@ -50,6 +52,7 @@ class ControllerState(NamedTuple):
     last_drop: jax.Array
     num_nonfinite: jax.Array
     last_test: _stationarity.TestResult
+    next_test: jax.Array | None
     window: _window.WindowState | None
     statistic: Any
 
@@ -177,9 +180,10 @@ class Controller:
 
     def init(self, params: optax.Params) -> ControllerState:
         dtype, zero = _tree.statistic_dtype(params), jnp.zeros((), jnp.int32)
-        window, statistic = None, ()
+        window, next_test, statistic = None, None, ()
         if self.statistic is not None and self.test is not None:
             window = _window.empty(2, self.window.max_window, dtype)
+            next_test = self.window.next_test(zero, zero, zero, self.factor)
             statistic = self.statistic.init(params)
         return ControllerState(
             step=zero,
@@ -189,6 +193,7 @@ class Controller:
             last_drop=jnp.copy(zero),
             num_nonfinite=jnp.copy(zero),
             last_test=_stationarity.no_result(dtype),
+            next_test=next_test,
             window=window,
             statistic=statistic,
         )
@@ -288,6 +293,11 @@ class Controller:
             window = _window.push(state.window, row, is_good)
             state, has_fired = self._judge(state._replace(window=window), is_good)
             state = self._maybe_cut(state, has_fired, base, rate)
+            assert state.window is not None
+            next_test = self.window.next_test(
+                state.step, state.window.total, state.num_drops, self.factor
+            )
+            state = state._replace(next_test=next_test)
         return state._replace(learning_rate=self.rates(state)[1])
 
     def _judge(

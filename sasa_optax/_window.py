@@ -82,6 +82,24 @@ class Window:
         leaked = -(-state.total // jnp.asarray(self.leak_ratio, jnp.int32))
         return jnp.minimum(leaked, state.buffer.shape[1])
 
+    def next_test(
+        self, step: jax.Array, total: jax.Array, num_drops: jax.Array, factor: Numeric
+    ) -> jax.Array:
+        """The first step after this one at which a test can run, shape (), int32."""
+        needed = self.samples_needed(num_drops, factor)
+        # Unsigned integers hold the sum of any two counters.
+        step, total, needed, leak_ratio, interval = (
+            jnp.asarray(x, jnp.uint32)
+            for x in (step, total, needed, self.leak_ratio, self.test_interval)
+        )
+        last, most = (jnp.uint32(jnp.iinfo(x).max) for x in (jnp.int32, jnp.uint32))
+        fits = leak_ratio <= (most - 1) // needed
+        enough = jnp.where(fits, needed * leak_ratio + 1, most)
+        missing = jnp.minimum(jnp.maximum(enough, total + 1) - total, last)
+        due = jnp.minimum(step + missing, last)
+        rounded_up = (due + interval - 1) // interval * interval
+        return jnp.minimum(rounded_up, last).astype(jnp.int32)
+
     def check(self, state: "WindowState") -> None:
         """Checks that the state is that of a window of this capacity."""
         capacity = state.buffer.shape[1]

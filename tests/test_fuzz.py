@@ -5,6 +5,7 @@ window and the rate must be is counted in plain Python.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -169,6 +170,19 @@ def test_the_window_follows_its_rule(
 ) -> None:
     states = _history(name, kind, arguments, fills, seed)
     total, num_nonfinite, num_drops = 0, 0, 0
+
+    def needed() -> int:
+        if not arguments["scale_min_samples"]:
+            return arguments["min_samples"]
+        grown = arguments["min_samples"] / arguments["factor"] ** num_drops
+        return round(min(grown, _CAPACITY - 1))
+
+    def kept(total: int) -> int:
+        return min(math.ceil(total / arguments["leak_ratio"]), _CAPACITY)
+
+    def is_due(step: int, total: int) -> bool:
+        return step % arguments["test_interval"] == 0 and kept(total) > needed()
+
     for k in range(_STEPS):
         is_counted = states.num_nonfinite[k] > num_nonfinite
         num_nonfinite += is_counted
@@ -176,18 +190,16 @@ def test_the_window_follows_its_rule(
         if fills[k] is not None and not np.isfinite(fills[k]):
             assert is_counted
         total += not is_counted
-        kept = min(math.ceil(total / arguments["leak_ratio"]), _CAPACITY)
-        needed = arguments["min_samples"]
-        if arguments["scale_min_samples"]:
-            needed = min(needed / arguments["factor"] ** num_drops, _CAPACITY - 1)
-        is_testing = (k + 1) % arguments["test_interval"] == 0
-        is_due = is_testing and not is_counted and kept > round(needed)
-        assert (states.last_test.at_step[k] == k + 1) == is_due
-        if is_due:
-            assert states.last_test.num_samples[k] == kept
+        has_run = not is_counted and is_due(k + 1, total)
+        assert (states.last_test.at_step[k] == k + 1) == has_run
+        if has_run:
+            assert states.last_test.num_samples[k] == kept(total)
         if states.num_drops[k] > num_drops:
             total, num_drops = 0, num_drops + 1
         assert states.window.total[k] == total
+        ahead = itertools.count(1)
+        to_wait = next(n for n in ahead if is_due(k + 1 + n, total + n))
+        assert states.next_test[k] == k + 1 + to_wait
 
 
 servo_arguments = st.fixed_dictionaries(

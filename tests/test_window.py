@@ -1,6 +1,7 @@
 """The leaky window, compared with a plain list."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import chex
@@ -151,3 +152,31 @@ def test_the_samples_needed_grow_with_the_drops_up_to_what_fits(num_drops: int) 
     assert scaled.samples_needed(jnp.int32(num_drops), 0.25) == expected
     constant = Window(min_samples=10, max_window=2000)
     assert constant.samples_needed(jnp.int32(num_drops), 0.25) == 10
+
+
+@jax.jit
+def _next_test(window: Window, step: Any, total: Any, num_drops: Any) -> jax.Array:
+    return window.next_test(step, total, num_drops, 0.25)
+
+
+@pytest.mark.parametrize("leak_ratio", [1, 2, 8, INT32_MAX])
+@pytest.mark.parametrize("interval", [1, 7, INT32_MAX])
+def test_the_next_test_is_exact_up_to_the_end_of_int32(
+    leak_ratio: int, interval: int
+) -> None:
+    window = Window(np.int32(leak_ratio), np.int32(10), np.int32(interval))
+    for step, total in itertools.product(
+        [0, 1, 7, 8, 999, INT32_MAX - 1, INT32_MAX],
+        [0, 1, 10, 11, 80, 81, INT32_MAX - 1, INT32_MAX],
+    ):
+        # Python's integers have no end.
+        due = step + max(10 * leak_ratio + 1 - total, 1)
+        due += -due % interval
+        shown = _next_test(window, *map(np.int32, (step, total, 0)))
+        assert shown.dtype == np.int32
+        assert shown == min(due, INT32_MAX)
+
+
+def test_after_drops_the_next_test_waits_for_the_samples_that_it_needs() -> None:
+    window = Window(8, 10, 100, scale_min_samples=True)
+    assert _next_test(window, 1000, 0, 2) == 1000 + 8 * 10 * 16 + 20
