@@ -31,6 +31,7 @@ from sasa_optax._sasa import scale_by_sasa_plus as scale_by_sasa_plus
 from sasa_optax._slope import slope as slope
 from sasa_optax._stationarity import EquivalenceTest as EquivalenceTest
 from sasa_optax._stationarity import MeanEstimate as MeanEstimate
+from sasa_optax._stationarity import Reason as Reason
 from sasa_optax._stationarity import Samples as Samples
 from sasa_optax._stationarity import SlopeTest as SlopeTest
 from sasa_optax._stationarity import StationarityTest as StationarityTest

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sasa_optax import _plot, _records
-from sasa_optax._metrics import read_test
+from sasa_optax._metrics import next_test, read_test, why_no_cut
 from sasa_optax._records import Row
 from sasa_optax._stationarity import TestResult
 
@@ -81,6 +81,17 @@ class Switch:
 
 def _interval(test: TestResult) -> str:
     return f"[{test.lower:.3g}, {test.upper:.3g}] (p = {test.p_value:.2g})"
+
+
+def _since_the_drop(row: Row) -> str:
+    """Why the newest test made no drop, and when the next can run."""
+    test = read_test("test", row)
+    if test.step <= row["last_drop"]:
+        return next_test(row)
+    return (
+        f"step {test.step}: no drop, since {why_no_cut(test)}; mean {test.mean:.3g}, "
+        f"interval {_interval(test)}. {next_test(row)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,12 +309,19 @@ class History:
         return "learning_rate" if has_rate else "scale"
 
     def explain(self) -> str:
-        """The end of the line search, every drop and every cut, a line each."""
+        """The end of the line search, every drop and every cut, a line each.
+
+        Where a test decides, the last line says why the newest one made no drop, and
+        when the next can run.
+        """
         events = [*([self.switch] if self.switch else []), *self.drops, *self.cuts]
         events.sort(key=lambda event: event.step)
         is_adapting = any("num_brakes" in row for row in self.rows)
         nothing = "been cut" if is_adapting else "dropped"
-        return "\n".join(map(str, events)) or f"The rate has not {nothing}."
+        lines = [*map(str, events)] or [f"The rate has not {nothing}."]
+        if self.rows and "next_test" in self.rows[-1]:
+            lines += [_since_the_drop(self.rows[-1])]
+        return "\n".join(lines)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as CSV, a column for each name that occurs."""

@@ -9,7 +9,7 @@ from sasa_optax._adapt import AdaptOnProgressState
 from sasa_optax._controller import ControllerState
 from sasa_optax._line_search import LineSearchState
 from sasa_optax._progress import ProgressState
-from sasa_optax._stationarity import TestResult
+from sasa_optax._stationarity import Reason, TestResult
 
 _Reporting = ControllerState | LineSearchState | AdaptOnProgressState | ProgressState
 
@@ -33,6 +33,23 @@ def _test_fields(prefix: str, test: TestResult | None) -> dict[str, Any]:
 def read_test(prefix: str, row: dict[str, Any]) -> TestResult:
     """The `TestResult` whose fields `metrics` gave under this prefix."""
     return TestResult(*(row[_test_name(prefix, field)] for field in TestResult._fields))
+
+
+def next_test(row: dict[str, Any]) -> str:
+    """When the next test can run, in words."""
+    due = f"is due at step {row['next_test']} at the earliest."
+    if row["test_step"] > row["last_drop"]:
+        return f"The next test {due}"
+    if row["last_drop"]:
+        return f"No test since the drop. The next {due}"
+    return f"No test yet. The first {due}"
+
+
+def why_no_cut(test: TestResult) -> str:
+    """Why a test made no cut, in words."""
+    if test.stationary:
+        return "the rate is in its warm-up, or at its floor"
+    return Reason(test.reason).text
 
 
 def _fields(state: _Reporting) -> dict[str, Any]:
@@ -63,9 +80,10 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       A controller gives ``step``, ``learning_rate``, ``scale``, ``num_drops``,
       ``last_drop``, ``num_nonfinite``, ``next_test``, and the newest `TestResult` as
       ``test_step``, ``test_mean``, ``test_lower``, ``test_upper``, ``test_p_value``,
-      ``test_num_samples``, ``test_stationary``. `ssls` and `salsa` add
-      ``line_search_active``, ``step_size``, ``num_evaluations``. `salsa` also adds the
-      newest test of the losses, as ``loss_test_step`` and so on.
+      ``test_num_samples``, ``test_stationary``, ``test_reason`` (a `Reason`). `ssls`
+      has no ``next_test``. `ssls` and `salsa` add ``line_search_active``,
+      ``step_size``, ``num_evaluations``. `salsa` also adds the newest test of the
+      losses, as ``loss_test_step`` and so on.
 
       `adapt_on_progress` gives ``step``, ``progress``, ``scale``, ``target``,
       ``sees_loss``, ``num_overshoots``, ``num_brakes``, ``num_nonfinite``,

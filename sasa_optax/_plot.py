@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sasa_optax import _loss_gate
+from sasa_optax._metrics import next_test, read_test, why_no_cut
+from sasa_optax._stationarity import TestResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 # Of an overshoot, and of a brake.
 _COLORS = ("tab:orange", "tab:red")
+_FIRED = "fired: rate cut"
+# The first is that of tests that fired. The others tell why tests did not.
+_TEST_COLORS = ("tab:red", "tab:gray", "tab:brown", "tab:blue", "tab:olive", "tab:pink")
 
 
 def draw(history: "History") -> "Figure":
@@ -30,7 +35,7 @@ def draw(history: "History") -> "Figure":
         "loss": _draw_loss,
         "scale": _draw_rate,
         "progress": _draw_progress,
-        "test_step": _draw_tests,
+        "next_test": _draw_tests,
     }
     panels = [draw for name, draw in panels.items() if _has(history, name)]
     figure = Figure(figsize=(8, 2.4 * len(panels)), layout="constrained")
@@ -70,10 +75,11 @@ def _mark(history: "History", ax: "Axes") -> None:
         ax.axvspan(0, end, color="tab:blue", alpha=0.08, linewidth=0)
 
 
-def _legend_above(ax: "Axes") -> None:
+def _legend_above(ax: "Axes", num_columns: int = 4) -> None:
     """A legend outside the panel, whose lines leave no corner free."""
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
-    ax.legend(fontsize="small", frameon=False, borderpad=0, columnspacing=1.5, **place)
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+    style = {"frameon": False, "borderpad": 0, "columnspacing": 1.5}
+    ax.legend(ncols=num_columns, fontsize="small", **place, **style)
 
 
 def _draw_loss(history: "History", ax: "Axes") -> None:
@@ -156,24 +162,31 @@ def _draw_progress(history: "History", ax: "Axes") -> None:
 
 
 def _draw_tests(history: "History", ax: "Axes") -> None:
-    tests = {row["test_step"]: row for row in history.rows if row["test_step"] > 0}
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_ylabel("test: mean, interval")
-    if not tests:
-        ax.text(0.5, 0.5, "no test yet", transform=ax.transAxes, ha="center")
+    when: Any = {"s": next_test(history.rows[-1]), "transform": ax.transAxes}
+    rows = {row["test_step"]: row for row in history.rows if row["test_step"] > 0}
+    if not rows:
+        ax.text(0.5, 0.5, ha="center", **when)
         return
-    fired = {drop.step for drop in history.drops}
-    for step, row in tests.items():
-        mean = row["test_mean"]
-        around = [[mean - row["test_lower"]], [row["test_upper"] - mean]]
-        color, marker = ("tab:red", "v") if step in fired else ("tab:gray", ".")
-        ax.errorbar(step, mean, around, color=color, marker=marker, linewidth=1)
+    ax.text(1, -0.26, ha="right", va="top", fontsize="small", **when)
+    by_label: dict[str, list[TestResult]] = {_FIRED: []}
+    for step, row in rows.items():
+        test = read_test("test", row)
+        has_fired = step == row["last_drop"]
+        label = _FIRED if has_fired else f"no cut: {why_no_cut(test)}"
+        by_label.setdefault(label, []).append(test)
+    for (label, tests), color in zip(by_label.items(), _TEST_COLORS, strict=False):
+        if not tests:
+            continue
+        steps, mean, lower, upper, *_ = np.asarray(tests, float).T
+        around = [mean - lower, upper - mean]
+        style: Any = {"marker": "v" if label == _FIRED else ".", "linestyle": ""}
+        ax.errorbar(steps, mean, around, color=color, label=label, **style)
     # Each drop shrinks the statistic, so a linear axis would show the first alone;
     # around zero it is linear as far as the narrowest interval that mattered.
-    shown = [row for step, row in tests.items() if step in fired or not fired]
-    widths = [row["test_upper"] - row["test_lower"] for row in shown]
+    shown = by_label[_FIRED] or [test for tests in by_label.values() for test in tests]
+    widths = [float(test.upper) - float(test.lower) for test in shown]
     linear = min((width for width in widths if width > 0), default=1.0)
     ax.set_yscale("symlog", linthresh=linear)
-    ax.plot([], [], "v", color="tab:red", label="fired: rate cut")
-    ax.plot([], [], ".", color="tab:gray", label="still moving")
-    ax.legend(loc="best", fontsize="small")
+    _legend_above(ax, num_columns=2)

@@ -4,6 +4,7 @@ A test is a function from `Samples` to a `TestResult`. It is called inside jit w
 window at its full capacity, and with the number of samples in it as a traced value.
 """
 
+import enum
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -35,6 +36,36 @@ class Samples(NamedTuple):
     num_drops: jax.Array
 
 
+class Reason(enum.IntEnum):
+    """Why a test found that the dynamics still move. ``text`` says it in words.
+
+    A test checks them in this order, and gives the first that holds.
+    """
+
+    text: str
+
+    def __new__(cls, code: int, text: str) -> "Reason":
+        reason = int.__new__(cls, code)
+        reason._value_ = code
+        reason.text = text
+        return reason
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Reason":
+        # A test of someone's own may give any number.
+        return cls.NONE
+
+    NONE = 0, "the dynamics still move"
+    NOT_FINITE = 1, "the result of the test is not finite"
+    CONSTANT = 2, "the samples do not vary"
+    MEAN = 3, "zero is outside the interval"
+    HALF = 4, "zero is outside the interval around the mean of one half"
+    SIGN = 5, "the means of the two halves have different signs"
+    SIZE = 6, "the mean is not below delta times the scale"
+    WIDTH = 7, "the interval is wider than delta allows"
+    SLOPE = 8, "the value still falls"
+
+
 class TestResult(NamedTuple):
     """The outcome of a test. An optimizer's state holds the newest.
 
@@ -46,9 +77,11 @@ class TestResult(NamedTuple):
       p_value: as the test defines it.
       num_samples: the number of samples judged. int32.
       stationary: whether progress has stopped. bool.
+      reason: if it has not, why: a `Reason`, as int32. If it has, or if the test does
+        not say why, ``Reason.NONE``.
 
     All have shape (), and the dtype of the statistic where none is given here. A test
-    of your own may leave out ``at_step`` and ``num_samples``.
+    of your own may leave out ``at_step``, ``num_samples`` and ``reason``.
     """
 
     at_step: Numeric = 0
@@ -58,6 +91,7 @@ class TestResult(NamedTuple):
     p_value: Numeric = 1.0
     num_samples: Numeric = 0
     stationary: Numeric = False
+    reason: Numeric = Reason.NONE
 
     # Without this, pytest takes it for a test class.
     __test__ = False
@@ -91,11 +125,18 @@ class MeanEstimate(NamedTuple):
         return jnp.where(varies, 2 * student_t_cdf(-jnp.abs(t), self.dof), 1)
 
     def result(
-        self, significance: Numeric, p_value: jax.Array, stationary: jax.Array
+        self,
+        significance: Numeric,
+        p_value: jax.Array,
+        reasons: dict[Reason, jax.Array],
     ) -> TestResult:
+        """The result of a test: stationary if no reason holds that it is not."""
         half_width = self.half_width(significance)
         lower, upper = self.mean - half_width, self.mean + half_width
-        return TestResult(0, self.mean, lower, upper, p_value, stationary=stationary)
+        codes = [jnp.int32(code) for code in reasons]
+        reason = jnp.select([*reasons.values()], codes, jnp.int32(Reason.NONE))
+        stationary = reason == Reason.NONE
+        return TestResult(0, self.mean, lower, upper, p_value, 0, stationary, reason)
 
 
 def _in_window(values: jax.Array, num_samples: Numeric) -> jax.Array:
@@ -237,21 +278,23 @@ class ZeroMeanTest:
         older = _mean(samples.values, half)
         newer = _mean(samples.values, samples.num_samples, start=half)
         p_values = estimate.two_sided_p_value(jnp.stack([older, newer, estimate.mean]))
-        could_be_zero = p_values >= self.significance
-        zero_inside = jnp.where(
-            samples.num_drops == 0, could_be_zero[:2].all(), could_be_zero[2]
-        )
-        stationary = zero_inside & (jnp.sign(older) == jnp.sign(newer))
-        stationary &= self._says_something(estimate, samples)
-        return estimate.result(self.significance, p_values[2], stationary)
-
-    def _says_something(self, estimate: MeanEstimate, samples: Samples) -> jax.Array:
-        varies = estimate.standard_error > 0
-        if self.delta is None:
-            return varies
-        scale = _mean(samples.scales, samples.num_samples)
-        bound = jnp.asarray(self.delta, scale.dtype) * scale
-        return varies & (estimate.half_width(self.significance) < bound)
+        is_outside = ~(p_values >= self.significance)
+        half_is_outside = jnp.any(is_outside[:2])
+        # Until the first drop the halves decide: if they pass, so does the mean, except
+        # for rounding.
+        mean_decides = (samples.num_drops > 0) | half_is_outside
+        reasons = {
+            Reason.CONSTANT: ~(estimate.standard_error > 0),
+            Reason.MEAN: is_outside[2] & mean_decides,
+            Reason.HALF: half_is_outside & (samples.num_drops == 0),
+            Reason.SIGN: jnp.sign(older) != jnp.sign(newer),
+        }
+        if self.delta is not None:
+            scale = _mean(samples.scales, samples.num_samples)
+            bound = jnp.asarray(self.delta, scale.dtype) * scale
+            half_width = estimate.half_width(self.significance)
+            reasons[Reason.WIDTH] = ~(half_width < bound)
+        return estimate.result(self.significance, p_values[2], reasons)
 
 
 @_types.options("variance")
@@ -288,8 +331,12 @@ class EquivalenceTest:
         scale = _mean(samples.scales, samples.num_samples)
         margin = jnp.asarray(self.delta, scale.dtype) * scale - jnp.abs(estimate.mean)
         p_value = jnp.where(margin > 0, estimate.two_sided_p_value(margin), 1)
-        stationary = (p_value < self.significance) & (estimate.standard_error > 0)
-        return estimate.result(self.significance, p_value, stationary)
+        reasons = {
+            Reason.CONSTANT: ~(estimate.standard_error > 0),
+            Reason.SIZE: ~(margin > 0),
+            Reason.WIDTH: ~(p_value < self.significance),
+        }
+        return estimate.result(self.significance, p_value, reasons)
 
 
 @_types.options("log_steps")
@@ -335,9 +382,12 @@ class SlopeTest:
         residual = jnp.maximum(syy - slope * sxy, jnp.finfo(dtype).tiny)
         standard_error = jnp.sqrt(residual) / jnp.sqrt(dof * sxx)
         p_value = student_t_cdf(slope / standard_error, dof)
-        stationary = (p_value >= self.significance) & (syy > 0)
+        reasons = {
+            Reason.CONSTANT: ~(syy > 0),
+            Reason.SLOPE: ~(p_value >= self.significance),
+        }
         estimate = MeanEstimate(slope, standard_error, dof)
-        return estimate.result(self.significance, p_value, stationary)
+        return estimate.result(self.significance, p_value, reasons)
 
 
 NAMED = {
@@ -359,7 +409,8 @@ def no_result(dtype: DType) -> TestResult:
     """The newest result before the first test."""
     zero = jnp.zeros((), jnp.int32)
     floats = [jnp.asarray(x, dtype) for x in (0, 0, 0, 1)]
-    return TestResult._make([zero, *floats, jnp.copy(zero), jnp.zeros((), bool)])
+    flags = jnp.zeros((), bool), jnp.copy(zero)
+    return TestResult._make([zero, *floats, jnp.copy(zero), *flags])
 
 
 def judge(
@@ -383,9 +434,13 @@ def judge(
     )
     # A result that is not finite says nothing, and is kept out of the state.
     stationary = _checks.scalar("TestResult.stationary", result.stationary, bool)
-    stationary &= jnp.all(jnp.isfinite(numbers))
+    is_finite = jnp.all(jnp.isfinite(numbers))
+    reason = _checks.scalar("TestResult.reason", result.reason, jnp.int32)
+    reason = jnp.where(is_finite, reason, jnp.int32(Reason.NOT_FINITE))
     floats = jnp.nan_to_num(numbers)
-    return TestResult._make([step, *floats, num_samples, stationary])
+    return TestResult._make(
+        [step, *floats, num_samples, stationary & is_finite, reason]
+    )
 
 
 def judge_if(is_due: jax.Array, last: TestResult, *arguments: Any) -> TestResult:

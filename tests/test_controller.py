@@ -209,6 +209,7 @@ def test_a_result_that_is_not_finite_never_fires() -> None:
     optimizer = sasa_optax.scale_by_sasa_plus(0.5, test=broken, **SMALL)
     *_, last = _states(optimizer, 10)
     assert int(last.last_test.at_step) == 10
+    assert last.last_test.reason == sasa_optax.Reason.NOT_FINITE
     assert int(last.num_drops) == 0
     chex.assert_tree_all_finite(last)
 

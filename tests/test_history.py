@@ -34,6 +34,7 @@ _KEYS = {
     "test_p_value",
     "test_num_samples",
     "test_stationary",
+    "test_reason",
 }
 _PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(2)}
 
@@ -161,7 +162,7 @@ def test_every_drop_is_caught_with_the_test_that_made_it(record_every: int) -> N
     assert history.rows[-1]["last_drop"] == 50
     for drop, old_rate in zip(history.drops, (1.0, 0.1), strict=True):
         assert drop.test == sasa_optax.TestResult(
-            drop.step, 0.5, -1.0, 2.0, 1.0, 13, True
+            drop.step, 0.5, -1.0, 2.0, 1.0, 13, True, sasa_optax.Reason.NONE
         )
         assert drop.old_rate == pytest.approx(old_rate)
         assert drop.new_rate == pytest.approx(old_rate / 10)
@@ -169,10 +170,12 @@ def test_every_drop_is_caught_with_the_test_that_made_it(record_every: int) -> N
 
 def test_a_drop_explains_itself() -> None:
     history = _train(10)
-    first, second = history.explain().splitlines()
+    first, second, last = history.explain().splitlines()
     for part in ("step 25", "newest 13", "0.5", "[-1, 2]", "1 -> 0.1"):
         assert part in first
     assert "0.1 -> 0.01" in second
+    # The 21 samples are complete at step 71.
+    assert last == "No test since the drop. The next is due at step 75 at the earliest."
     assert sasa_optax.History().explain() == "The rate has not dropped."
 
 
@@ -258,16 +261,47 @@ def test_the_picture_shows_loss_rate_and_tests(tmp_path: Any) -> None:
     for ax in (loss, rate, tests):
         vertical = {line.get_xdata()[0] for line in ax.lines if line.get_ls() == ":"}
         assert vertical == {25, 50}
-    assert len(tests.containers) == len(
-        {row["test_step"] for row in history.rows} - {0}
+    (fired,) = tests.containers
+    assert fired.get_label() == "fired: rate cut"
+    np.testing.assert_array_equal(fired.lines[0].get_xdata(), [25, 50])
+
+
+def test_before_the_first_test_the_record_says_when_it_is_due() -> None:
+    history = _train(5, num_steps=20)
+    due = "No test yet. The first is due at step 25 at the earliest."
+    assert history.explain() == f"The rate has not dropped.\n{due}"
+    *_, tests = _panels(history)
+    assert [text.get_text() for text in tests.texts] == [due]
+    assert not tests.containers
+
+
+def test_the_record_says_why_a_test_made_no_drop() -> None:
+    row = sasa_optax.metrics(sasa_optax.sasa_plus(0.5).init(_PARAMS))
+    row |= {"test_lower": -1.0, "test_upper": 2.0, "next_test": 400}
+    outside, sign = sasa_optax.Reason.MEAN, sasa_optax.Reason.SIGN
+    history = sasa_optax.History()
+    for at, reason in [(100, outside), (200, sign), (250, sign)]:
+        history.record(row | {"step": at, "test_step": at, "test_reason": reason})
+    why = "the means of the two halves have different signs"
+    assert history.explain().splitlines()[1] == (
+        f"step 250: no drop, since {why}; mean 0, interval [-1, 2] (p = 1). The next "
+        "test is due at step 400 at the earliest."
     )
+    # It fires, and the rate is at its floor.
+    history.record(row | {"step": 300, "test_step": 300, "test_stationary": True})
+    assert "since the rate is in its warm-up, or at its floor;" in history.explain()
+    *_, tests = _panels(history)
+    drawn = {x.get_label(): x.lines[0].get_xdata().tolist() for x in tests.containers}
+    assert drawn == {
+        "no cut: zero is outside the interval": [100],
+        f"no cut: {why}": [200, 250],
+        "no cut: the rate is in its warm-up, or at its floor": [300],
+    }
+    assert tests.texts[0].get_text().startswith("The next test is due at step 400")
 
 
-@pytest.mark.parametrize("num_steps", [5, 20])
-def test_the_picture_of_a_run_without_drops(num_steps: int) -> None:
-    history = _train(5, num_steps=num_steps)
-    assert not history.drops
-    assert len(history.plot().axes) == 3
+def test_a_reason_of_ones_own_is_no_error() -> None:
+    assert sasa_optax.Reason(99) is sasa_optax.Reason.NONE
 
 
 def test_the_picture_needs_rows_and_matplotlib(monkeypatch: Any) -> None:
@@ -321,7 +355,8 @@ def test_history_tells_that_the_losses_ended_the_search() -> None:
     assert "losses fall no more" in str(switch)
     # Then the test fires, at step 40.
     assert [drop.step for drop in history.drops] == [40]
-    assert history.explain() == f"{switch}\n{history.drops[0]}"
+    due = "No test since the drop. The next is due at step 80 at the earliest."
+    assert history.explain() == f"{switch}\n{history.drops[0]}\n{due}"
 
 
 def test_history_tells_that_a_drop_ended_the_search() -> None:

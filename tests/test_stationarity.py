@@ -18,6 +18,7 @@ from samples import (
 from sasa_optax import (
     EquivalenceTest,
     MeanEstimate,
+    Reason,
     SlopeTest,
     StationarityTest,
     TestResult,
@@ -33,19 +34,19 @@ for_each_variance = pytest.mark.parametrize("variance", VARIANCES)
     ("older", "newer", "before_first_drop", "later"),
     [
         # The mean is near zero, but the halves lie on either side.
-        (-0.1, 0.1, False, False),
+        (-0.1, 0.1, Reason.SIGN, Reason.SIGN),
         # Both halves are near zero, on the same side.
-        (0.1, 0.15, True, True),
-        (-0.1, -0.15, True, True),
+        (0.1, 0.15, Reason.NONE, Reason.NONE),
+        (-0.1, -0.15, Reason.NONE, Reason.NONE),
         # The newer half is too far from zero, the window as a whole is not.
-        (0.05, 1.0, False, True),
-        (0.5, 0.05, True, True),
+        (0.05, 1.0, Reason.HALF, Reason.NONE),
+        (0.5, 0.05, Reason.NONE, Reason.NONE),
         # Both are too far.
-        (5.0, 5.0, False, False),
+        (5.0, 5.0, Reason.MEAN, Reason.MEAN),
     ],
 )
 def test_zero_mean_judges_halves_until_the_first_drop(
-    older: float, newer: float, before_first_drop: bool, later: bool
+    older: float, newer: float, before_first_drop: Reason, later: Reason
 ) -> None:
     # The noise has mean zero in each half; 5 samples are older, 6 are newer.
     noise = np.array([1, -1, 0, 1, -1, 1, -1, 1, -1, 1, -1], np.float32)
@@ -55,7 +56,29 @@ def test_zero_mean_judges_halves_until_the_first_drop(
         result = judge(
             ZeroMeanTest(variance="iid"), make_samples(values, num_drops=num_drops)
         )
-        assert result.stationary == expected
+        assert result.reason == expected
+        assert result.stationary == (expected == Reason.NONE)
+
+
+@pytest.mark.parametrize(
+    ("test", "offset", "expected"),
+    [
+        # The half-width is about 0.7, or 0.4 where the significance is 0.2.
+        (ZeroMeanTest(variance="iid", delta=0.9), 0.1, Reason.NONE),
+        (ZeroMeanTest(variance="iid", delta=0.5), 0.1, Reason.WIDTH),
+        (EquivalenceTest(variance="iid", delta=0.9), 0.1, Reason.NONE),
+        (EquivalenceTest(variance="iid", delta=0.3), 0.1, Reason.WIDTH),
+        (EquivalenceTest(variance="iid", delta=0.9), -1.0, Reason.SIZE),
+        (SlopeTest(), 0.1, Reason.NONE),
+    ],
+)
+def test_a_window_that_is_not_stationary_has_a_reason(
+    test: StationarityTest, offset: float, expected: Reason
+) -> None:
+    noise = np.array([1, -1, 0, 1, -1, 1, -1, 1, -1, 1, -1], np.float32)
+    result = judge(test, make_samples(noise + np.float32(offset), num_drops=1))
+    assert result.reason == expected
+    assert result.stationary == (expected == Reason.NONE)
 
 
 @pytest.mark.parametrize("log_steps", [False, True])
@@ -68,6 +91,7 @@ def test_slope_of_a_perfect_line(dtype: np.dtype, sign: int, log_steps: bool) ->
     assert result.mean == pytest.approx(sign, rel=1e-5)
     assert result.p_value == pytest.approx(max(sign, 0), abs=1e-6)
     assert result.stationary == (sign > 0)
+    assert result.reason == (Reason.NONE if sign > 0 else Reason.SLOPE)
 
 
 # Windows that say nothing.
@@ -102,6 +126,7 @@ def test_no_variation_is_never_stationary(
         result = judge(test, samples)
         assert_finite(result)
         assert not result.stationary
+        assert result.reason == Reason.CONSTANT
 
 
 @pytest.mark.parametrize(

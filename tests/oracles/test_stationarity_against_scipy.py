@@ -145,7 +145,7 @@ def assert_slope(
     result: TestResult, x: np.ndarray, values: np.ndarray, significance: float
 ) -> None:
     n, tolerance = len(x), T_TOLERANCE[values.dtype.name]
-    _, mean, lower, upper, p_value, _, stationary = jax.device_get(result)
+    _, mean, lower, upper, p_value, _, stationary, _ = jax.device_get(result)
     # Their stubs do not know the fields of what SciPy returns.
     fit: Any = stats.linregress(x, values.astype(np.float64), alternative="less")
     # The interval tells the standard error, and that tells r.
