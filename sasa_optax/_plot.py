@@ -180,7 +180,7 @@ def _draw_tests(history: "History", ax: "Axes") -> None:
         if not tests:
             continue
         steps, mean, lower, upper, *_ = np.asarray(tests, float).T
-        around = [mean - lower, upper - mean]
+        around = [(mean - lower).tolist(), (upper - mean).tolist()]
         style: Any = {"marker": "v" if label == _FIRED else ".", "linestyle": ""}
         ax.errorbar(steps, mean, around, color=color, label=label, **style)
     # Each drop shrinks the statistic, so a linear axis would show the first alone;

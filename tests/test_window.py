@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sasa_optax
 from sasa_optax import Window, WindowState, _window
 
 STEPS = 256
@@ -143,6 +144,14 @@ def test_what_is_not_given_is_filled_in(
     assert window == Window(leak_ratio=3, min_samples=least, test_interval=interval)
     given = Window(min_samples=7, test_interval=9)
     assert given.resolved(steps_per_epoch) == given
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "first"), [(1, 900), (100, 900), (250, 2250), (5000, 9000)]
+)
+def test_the_first_test_ends_the_ninth_epoch(steps_per_epoch: int, first: int) -> None:
+    optimizer = sasa_optax.sasa_plus(1.0, steps_per_epoch=steps_per_epoch)
+    assert sasa_optax.metrics(optimizer.init(jnp.ones(2)))["next_test"] == first
 
 
 @pytest.mark.parametrize("num_drops", range(6))
