@@ -245,7 +245,7 @@ def test_from_flax_linen() -> None:
         )
 
 
-# Batch norm, in the words of docs/averaging.md.
+# The code of docs/averaging.md.
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +295,15 @@ def test_the_guide_renews_batch_norm_in_linen(averaging: dict[str, Any]) -> None
     running = _running_mean(old, images @ layer["kernel"] + layer["bias"])
     actual = variables["batch_stats"]["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(actual, running, rtol=1e-4, atol=1e-5)
+
+
+def test_the_guide_constrains_the_average_in_numpyro(averaging: dict[str, Any]) -> None:
+    data, params = np.asarray(averaging["data"]), averaging["guide_params"]
+    assert params.keys() == averaging["svi"].get_params(averaging["svi_state"]).keys()
+    # Under so wide a prior, the posterior is that of the likelihood alone.
+    assert params["mean_auto_loc"] == pytest.approx(data.mean(), abs=0.01)
+    error = data.std() / np.sqrt(data.size)
+    assert params["mean_auto_scale"] == pytest.approx(error, rel=0.2)
+    assert averaging["medians"]["scale"] == pytest.approx(data.std(), rel=0.05)
+    unconstrained = sasa_optax.averaged_params(averaging["svi_state"].optim_state)
+    assert optax.tree.get(unconstrained, "mean_auto_scale") < 0
