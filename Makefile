@@ -18,10 +18,11 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "" --matrix check
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "" --matrix check --counts check
 
-matrix: $(VENV)/.dev  ## The table of docs/everywhere.md.
+matrix: $(VENV)/.dev  ## The tables of docs/everywhere.md and docs/reliability.md.
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m environment --matrix write tests
+	$(BIN)/python -m pytest -qq --collect-only -m "" --counts write
 
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS) -m "not example"

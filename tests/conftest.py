@@ -2,15 +2,14 @@
 
 import importlib
 import os
-import pathlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+from pages import PAGES, Matrix
 
 NUM_DEVICES = int(os.environ.get("NUM_DEVICES", "8"))
 
@@ -34,9 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    action = config.getoption("matrix")
-    if action is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Matrix(action))
+    for name, page in PAGES.items():
+        action = config.getoption(name)
+        if action is not None and not hasattr(config, "workerinput"):
+            config.pluginmanager.register(page(action))
 
 
 @pytest.fixture(autouse=True)
@@ -70,71 +70,15 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
     return np.dtype(request.param)
 
 
-# The table of docs/everywhere.md, made from the tests marked as an environment.
-
-_PAGE = pathlib.Path(__file__).parent.parent / "docs" / "everywhere.md"
-_START = "<!-- From here on written by `make matrix`, from the tests. -->\n"
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--matrix",
-        choices=("write", "check"),
-        help="what a run of all tests does with the table of docs/everywhere.md",
-    )
+    for name, page in PAGES.items():
+        parser.addoption(
+            f"--{name}",
+            choices=("write", "check"),
+            help=f"what a run of all tests does with docs/{page.path.name}",
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tells each report which cells of the table its test fills."""
     for item in items:
-        for marker in item.iter_markers("environment"):
-            group, environment, *names = marker.args
-            callspec: Any = getattr(item, "callspec", None)
-            names = names or [callspec.params["name"]]
-            item.user_properties.append(("cells", [group, environment, names]))
-
-
-class _Matrix:
-    """Gathers the outcomes. It lives in the process that all workers report to."""
-
-    def __init__(self, action: str) -> None:
-        self.action = action
-        # Whether all passed, by group, environment and optimizer.
-        self.passed: dict[str, dict[str, dict[str, bool]]] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties: list[tuple[str, Any]] = report.user_properties
-        for _, (group, environment, names) in properties:
-            row = self.passed.setdefault(group, {}).setdefault(environment, {})
-            for name in names:
-                row[name] = row.get(name, True) and report.outcome == "passed"
-
-    def table(self) -> str:
-        # Its arrays may come only after the number of devices is set.
-        from optimizers import ALL
-
-        lines = []
-        for group in sorted(self.passed):
-            lines += [f"## {group}", ""]
-            lines += ["| | " + " | ".join(f"`{name}`" for name in ALL) + " |"]
-            lines += ["| --- |" + " :-: |" * len(ALL)]
-            for environment, row in sorted(self.passed[group].items()):
-                marks = {True: "✓", False: "**fails**", None: ""}
-                cells = [marks[row.get(name)] for name in ALL]
-                lines += [f"| {environment} | " + " | ".join(cells) + " |"]
-            lines += [""]
-        return "\n".join(lines).rstrip() + "\n"
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        intro, _, table = _PAGE.read_text().partition(_START)
-        if self.action == "write":
-            _PAGE.write_text(intro + _START + "\n" + self.table())
-        elif table.strip() != self.table().strip():
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        _, _, table = _PAGE.read_text().partition(_START)
-        if table.strip() != self.table().strip():
-            terminalreporter.write_line(
-                "docs/everywhere.md does not say what the tests do: run `make matrix`."
-            )
+        Matrix.label(item)
