@@ -39,7 +39,23 @@ class Samples(NamedTuple):
 class Reason(enum.IntEnum):
     """Why a test found that the dynamics still move. ``text`` says it in words.
 
-    A test checks them in this order, and gives the first that holds.
+    A test gives the first that holds, and NONE if the window is stationary.
+    `ZeroMeanTest` has MEAN, HALF, SIGN and WIDTH, `EquivalenceTest` has SIZE and WIDTH,
+    `SlopeTest` has SLOPE, and all have CONSTANT. A test of your own may give any.
+
+    Example:
+      >>> import sasa_optax
+      >>> for reason in sasa_optax.Reason:
+      ...     print(int(reason), reason.name, "-", reason.text)
+      0 NONE - the dynamics still move
+      1 NOT_FINITE - the result of the test is not finite
+      2 CONSTANT - the samples do not vary
+      3 MEAN - zero is outside the interval
+      4 HALF - zero is outside the interval around the mean of one half
+      5 SIGN - the means of the two halves have different signs
+      6 SIZE - the mean is not below delta times the scale
+      7 WIDTH - the interval is wider than delta allows
+      8 SLOPE - the value still falls
     """
 
     text: str

@@ -300,6 +300,13 @@ def test_the_record_says_why_a_test_made_no_drop() -> None:
     assert tests.texts[0].get_text().startswith("The next test is due at step 400")
 
 
+def test_without_a_test_none_is_due() -> None:
+    history = sasa_optax.History()
+    history.record(sasa_optax.metrics(sasa_optax.ssls().init(_PARAMS)), loss=1.0)
+    assert history.explain() == "The rate has not dropped."
+    assert [ax.get_ylabel() for ax in _panels(history)] == ["loss", "learning rate"]
+
+
 def test_a_reason_of_ones_own_is_no_error() -> None:
     assert sasa_optax.Reason(99) is sasa_optax.Reason.NONE
 
