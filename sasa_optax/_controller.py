@@ -14,6 +14,7 @@ import optax
 from sasa_optax import (
     _checks,
     _cpu_schedule,
+    _products,
     _stationarity,
     _tree,
     _types,
@@ -254,14 +255,13 @@ class Controller:
         def products(direction: Any, others: Any) -> _cpu_schedule.Rows:
             params, grad, own = others
             pairs = recorded.pairs(transition(direction, params, grad), own)
-            return _tree.leaf_products(pairs, dtype)
+            return _products.leaf_products(pairs, dtype, self.axis_name)
 
         others = params, extra.grad, state.statistic
         direction, rows = _cpu_schedule.in_groups(
             direction, others, products, state.step, dtype
         )
-        rows = _tree.sum_over(self.axis_name, rows)
-        found = [_tree.total(row, dtype) for row in rows]
+        found = list(map(_products.total, rows))
         whole = transition(direction, params, extra.grad)
         sample, statistic = recorded.sample(found, whole, state.statistic)
         if not isinstance(sample, Sample):

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _tree
+from sasa_optax import _products
 from sasa_optax._types import DType
 
 # A group of leaves is worth more than a dispatch costs, and fits into a cache. Between
 # 1 and 4 MB makes little difference. What fits into a cache as a whole needs no groups.
 _GROUP_BYTES, _CACHE_BYTES = 2_000_000, 8_000_000
 
-Rows = list[list[jax.Array]]
+Rows = list[jax.Array]
 
 
 def in_groups(
@@ -63,13 +63,12 @@ def in_groups(
         if not found:
             return direction, []
         rows.append(found)
-        used = _tree.total([x for row in found for x in row], dtype)
+        used = _products.total(jnp.concatenate(found))
         # Each one has a second use. Otherwise XLA turns the division into a product and
         # computes that twice.
         one = jnp.where(is_never, jax.lax.stop_gradient(used), one)
-    joined = [[x for row in parts for x in row] for parts in zip(*rows, strict=True)]
-    if leaves:
-        joined[0][0] = joined[0][0] / one
+    joined = [jnp.concatenate(parts) for parts in zip(*rows, strict=True)]
+    joined[0] = joined[0] / one
     return jax.tree.unflatten(structure, leaves), joined
 
 

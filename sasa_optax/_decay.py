@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _tree
+from sasa_optax import _checks, _products, _tree
 from sasa_optax._types import AxisName, DType, Numeric
 
 
@@ -31,5 +31,5 @@ def regularizer(
     """(weight_decay/2) ||x||^2, shape ()."""
     if is_zero(weight_decay):
         return 0.0
-    squared_norm = _tree.inner_products([(params, params)], dtype, axis_name)[0]
+    squared_norm = _products.inner_products([(params, params)], dtype, axis_name)[0]
     return jnp.asarray(weight_decay, dtype) / 2 * squared_norm

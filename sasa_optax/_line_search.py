@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _decay, _epochs, _stationarity, _tree, _types, _window
+from sasa_optax import _checks, _decay, _epochs, _products, _stationarity, _tree, _types, _window
 from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
 from sasa_optax._types import AxisName, DType, Numeric
 
@@ -317,7 +317,7 @@ class SearchingController:
         descent = direction if self.search.direction == "update" else grad
         return _Objective(
             at=at,
-            slope=_tree.inner_products([(grad, descent)], dtype, axis_name)[0],
+            slope=_products.inner_products([(grad, descent)], dtype, axis_name)[0],
             value=None if value is None else regularized(value, params),
         )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _average, _checks, _cpu_schedule, _tree, _types
+from sasa_optax import _average, _checks, _cpu_schedule, _products, _tree, _types
 from sasa_optax._statistics import dissipation
 from sasa_optax._types import AxisName, DType, Numeric
 
@@ -75,15 +75,15 @@ def step(
         # The lengths are those before a return, which would read the old parameters.
         # After a return the walks begin anew, so they do not matter.
         offset, updates = _inexact(offset), _inexact(updates)
-        return _tree.leaf_products([(offset, offset), (updates, updates)], dtype)
+        pairs = [(offset, offset), (updates, updates)]
+        return _products.leaf_products(pairs, dtype, axis_name)
 
     if scale is not None:
         updates = _scaled(scale, updates)
     updates, rows = _cpu_schedule.in_groups(
         updates, (params, centre), products, state.average.num_averaged, dtype
     )
-    rows = jax.lax.stop_gradient(_tree.sum_over(axis_name, rows))
-    distances, lengths = (jnp.array(row, dtype) for row in rows)
+    distances, lengths = jax.lax.stop_gradient(rows)
     updates, new_params = moved(updates, params, centre)
     of_new = weight(state)
     progress, walks = _measured(state, distances, lengths, of_new, momentum)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _average, _checks, _decay, _tree
+from sasa_optax import _average, _checks, _decay, _products, _tree
 from sasa_optax._stationarity import EquivalenceTest
 from sasa_optax._types import AxisName, Numeric
 
@@ -49,9 +49,9 @@ class Transition(NamedTuple):
     value: Numeric | None
     axis_name: AxisName = None
 
-    def inner_products(self, *pairs: _tree.Pair) -> list[jax.Array]:
+    def inner_products(self, *pairs: _products.Pair) -> list[jax.Array]:
         """`inner_product` of each pair, in one collective where one is needed."""
-        return _tree.inner_products(pairs, self.learning_rate.dtype, self.axis_name)
+        return _products.inner_products(pairs, self.learning_rate.dtype, self.axis_name)
 
     def inner_product(self, x: optax.Params, y: optax.Params) -> jax.Array:
         """The real part of <x, y>, summed over all leaves in the statistic's dtype."""
@@ -109,7 +109,7 @@ class Statistic(NamedTuple):
     """
 
     init: Callable[[optax.Params], Any]
-    pairs: Callable[[Transition, Any], _tree.Pairs]
+    pairs: Callable[[Transition, Any], _products.Pairs]
     sample: Callable[[list[jax.Array], Transition, Any], tuple[Sample, Any]]
     test: Any = "zero_mean"
 
@@ -137,7 +137,7 @@ def as_statistic(
 
 
 def _stateless(
-    pairs: Callable[[Transition], _tree.Pairs],
+    pairs: Callable[[Transition], _products.Pairs],
     sample: Callable[[list[jax.Array], Transition], Sample],
     test: str = "zero_mean",
 ) -> Statistic:
@@ -181,7 +181,7 @@ def master_statistic(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> Statistic:
     """
     _checks.momentum(momentum, nu)
 
-    def pairs(t: Transition) -> _tree.Pairs:
+    def pairs(t: Transition) -> _products.Pairs:
         return [(t.new_params, t.direction), (t.direction, t.direction)]
 
     def sample(products: list[jax.Array], t: Transition) -> Sample:
@@ -209,7 +209,7 @@ def yaida_statistic(momentum: Numeric = 0.9, weight_decay: Numeric = 0.0) -> Sta
     """
     _checks.momentum(momentum, weight_decay=weight_decay)
 
-    def pairs(t: Transition) -> _tree.Pairs:
+    def pairs(t: Transition) -> _products.Pairs:
         d, g, new_x = t.direction, t.grad, t.new_params
         decayed = [] if _decay.is_zero(weight_decay) else [(new_x, d), (new_x, new_x)]
         return [(d, d), (d, g), (new_x, g), *decayed]
@@ -242,7 +242,7 @@ def loss_statistic(weight_decay: Numeric = 0.0) -> Statistic:
     """
     _checks.momentum(weight_decay=weight_decay)
 
-    def pairs(t: Transition) -> _tree.Pairs:
+    def pairs(t: Transition) -> _products.Pairs:
         is_zero = _decay.is_zero(weight_decay)
         return [] if is_zero else [(t.new_params, t.new_params)]
 
@@ -291,7 +291,7 @@ def centred_statistic(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> Statistic:
     """
     _checks.momentum(momentum, nu)
 
-    def pairs(t: Transition, centre: _average.AverageState) -> _tree.Pairs:
+    def pairs(t: Transition, centre: _average.AverageState) -> _products.Pairs:
         offset = _tree.subtract(t.new_params, centre.averaged)
         return [(offset, t.direction), (t.direction, t.direction), (offset, offset)]
 
