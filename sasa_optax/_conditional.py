@@ -8,7 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from sasa_optax import _mesh_axes
+from sasa_optax import _devices
 
 
 def cond(
@@ -21,7 +21,7 @@ def cond(
     No gradient passes through.
     """
     # On JAX 0.5, `jax.shard_map` has no rule for what follows.
-    if not _mesh_axes.knows_what_varies(predicate):
+    if not _devices.knows_what_varies(predicate):
         return jax.lax.cond(predicate, true_fun, false_fun)
     return _batched_cond(predicate, *_closed(true_fun), *_closed(false_fun))
 

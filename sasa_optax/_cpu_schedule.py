@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _products
+from sasa_optax import _devices, _products
 from sasa_optax._types import DType
 
 # A group of leaves is worth more than a dispatch costs, and fits into a cache. Between
@@ -40,13 +40,13 @@ def in_groups(
       direction: the tree that the products read.
       others: a tree whose subtrees with the structure of ``direction`` are cut into
         groups along with it.
-      products: maps the parts of both to a row of scalars for each pair of trees. In a
-        part, the leaves of other groups are None.
+      products: maps the parts of both to a vector for each pair of trees, a number for
+        each leaf. In a part, the leaves of other groups are None.
       step: steps taken, shape (), int32.
       dtype: the dtype of the products.
 
     Returns:
-      A direction equal to the argument, and the rows of all groups joined. Use the
+      A direction equal to the argument, and the vectors of all groups joined. Use the
       returned direction, or XLA computes it twice.
     """
     is_never = _is_never(step)
@@ -74,11 +74,8 @@ def in_groups(
 
 def _is_never(step: jax.Array) -> jax.Array | None:
     """False, as a scalar that XLA cannot fold on a CPU; None to leave the order."""
-    try:
-        # Among several devices, each group would wait for a collective.
-        if jax.device_count(backend="cpu") > 1:
-            return None
-    except RuntimeError:  # There is no CPU for arrays to live on.
+    # Among several devices, each group would wait for a collective.
+    if _devices.num_devices("cpu") != 1:
         return None
     return jax.lax.platform_dependent(
         step, cpu=lambda step: step < 0, default=lambda step: jnp.zeros_like(step, bool)

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _decay, _epochs, _products, _stationarity, _tree, _types, _window
+from sasa_optax import (
+    _checks,
+    _decay,
+    _epochs,
+    _products,
+    _stationarity,
+    _tree,
+    _types,
+    _window,
+)
 from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
 from sasa_optax._types import AxisName, DType, Numeric
 

@@ -1,4 +1,4 @@
-"""What differs between the devices inside `jax.shard_map`, and sums over them."""
+"""Devices: how many there are, what differs between them, and sums over them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from sasa_optax._types import AxisName
+
+
+def num_devices(platform: str | None = None) -> int:
+    """The number of devices of a platform, or of the default one; 0 without it."""
+    try:
+        return jax.device_count(backend=platform)
+    except RuntimeError:
+        return 0
 
 
 def sum_over(
