@@ -54,6 +54,8 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
         yield from models.bench_models(3 * args.rounds)
     if "start" in args.sections:
         yield from optimizers.bench_start(3)
+    if "leaves" in args.sections:
+        yield from optimizers.bench_leaves(args.rounds)
 
 
 def arguments() -> argparse.Namespace:

@@ -86,6 +86,30 @@ def bench_optimizer(name: str, params: Any, rounds: int) -> Iterator[Row]:
         }
 
 
+def many_leaves(num: int) -> list[jax.Array]:
+    """Leaves of the size of a bias or of a norm's weights, four to a layer."""
+    sizes = (256, 256, 1024, 256)
+    return [jnp.full(sizes[i % 4], 0.1) for i in range(num)]
+
+
+def bench_leaves(rounds: int) -> Iterator[Row]:
+    """The time to compile the update of many small leaves, and to run it."""
+    for num in (100, 500, 1000):
+        params = many_leaves(num)
+        for case in CASES:
+            base = optimizer_steps(case.baseline, params)
+            steps = optimizer_steps(case, params)
+            yield {
+                "section": "leaves",
+                "tree": f"{num} leaves",
+                "case": case.name,
+                "baseline": case.baseline,
+                "compile_s": steps.compile_seconds,
+                "baseline_compile_s": base.compile_seconds,
+                **beside(base.seconds, steps.seconds, rounds),
+            }
+
+
 def bench_start(rounds: int) -> Iterator[Row]:
     """The time to compile each update, and the size of its state."""
     params = flat(1000)
