@@ -19,6 +19,7 @@ import pytest
 from optimizers import never_stationary
 
 import sasa_optax
+from sasa_optax import _devices
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -129,8 +130,10 @@ def _of_the_loss(t: sasa_optax.Transition) -> sasa_optax.Sample:
     ],
 )
 def test_the_update_reduces_nothing_else_than_what_is_to_be_multiplied(
-    statistic: Any, num_products: int
+    statistic: Any, num_products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On a single device, leaves of a size share a sum.
+    monkeypatch.setattr(_devices, "num_devices", lambda platform=None: 2)
     assert _num_reductions(sasa_optax.qhm(0.1)) == 0
     optimizer = sasa_optax.sasa_plus(0.1, statistic=statistic)
     # There are two parameters.

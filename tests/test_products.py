@@ -52,7 +52,7 @@ def test_a_tree_without_leaves_has_no_product(sums: str) -> None:
 
 
 def test_trees_must_have_the_same_structure(sums: str) -> None:
-    with pytest.raises(ValueError, match="structure|keys|arity"):
+    with pytest.raises(ValueError, match="key"):
         _products.inner_products([({"a": 1.0}, {"b": 1.0})], jnp.float32)
 
 
@@ -76,7 +76,7 @@ def _sizes(optimizer: optax.GradientTransformation) -> dict[str, int]:
     compiled = jax.jit(step).lower(params, optimizer.init(params), params).compile()
     sizes: dict[str, int] = {}
     name = ""
-    for line in compiled.as_text().splitlines():
+    for line in str(compiled.as_text()).splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             name = "main" if head[1] else head[2]
         sizes[name] = sizes.get(name, 0) + (" = " in line)
