@@ -21,6 +21,7 @@ class AverageState(NamedTuple):
       num_averaged: steps taken, shape (), int32.
       averaged: c, with the structure and the shapes of the parameters, in float32
         unless another dtype was asked for, and in float64 where the parameters are.
+        Integers and booleans are not averaged. They are those of the newest step.
     """
 
     num_averaged: jax.Array
@@ -32,10 +33,12 @@ def start(params: optax.Params, dtype: jnp.dtype | None = None) -> AverageState:
 
     def copied(x: Numeric) -> jax.Array:
         x = jnp.asarray(x)
-        kept = x.dtype
+        kept, wide = x.dtype, jnp.float32 if dtype is None else dtype
         if jnp.issubdtype(kept, jnp.inexact):
-            # The average of a leaf is never narrower than the leaf.
-            kept = jnp.promote_types(kept, jnp.float32 if dtype is None else dtype)
+            # The average of a leaf is never narrower than the leaf. JAX promotes no
+            # float8, but what takes two bytes or one is narrower anyway.
+            is_narrow = kept.itemsize < 4
+            kept = wide if is_narrow else jnp.promote_types(kept, wide)
         return jnp.array(x, kept, copy=True)
 
     return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(copied, params))
@@ -70,6 +73,17 @@ def push(
     averaged = jax.tree.map(moved, state.averaged, jax.lax.stop_gradient(new_params))
     num_averaged = jnp.asarray(optax.safe_increment(state.num_averaged))
     return AverageState(num_averaged, averaged)
+
+
+def offset(params: optax.Params, averaged: optax.Params) -> optax.Params:
+    """x - c, in the dtypes of the average; 0.0 where a leaf is not averaged."""
+
+    def from_average(x: Numeric, c: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(c.dtype, jnp.inexact):
+            return jnp.zeros_like(c, jnp.float32)
+        return jnp.asarray(x).astype(c.dtype) - c
+
+    return jax.tree.map(from_average, params, averaged)
 
 
 def checked_dtype(dtype: DType | None) -> jnp.dtype | None:

@@ -38,13 +38,18 @@ def always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 
 
 def squares(tree: Any) -> jax.Array:
-    """The squared norm, a loss for any parameters; shape (), at least float32."""
+    """The squared norm, a loss for any parameters; shape (), at least float32.
+
+    Integers and booleans do not count.
+    """
 
     def part(x: jax.Array) -> jax.Array:
-        wide = jnp.abs(x).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32))
-        return jnp.sum(wide**2)
+        # JAX promotes no float8.
+        wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+        return jnp.sum(jnp.abs(wide) ** 2)
 
-    parts = [part(x) for x in jax.tree.leaves(tree)]
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    parts = [part(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     return sum(parts, jnp.zeros((), jnp.float32))
 
 
