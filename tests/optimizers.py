@@ -128,7 +128,7 @@ def _averaged(learning_rate: float, **arguments: Any) -> Optimizer:
     return optax.chain(optax.sgd(0.1 * learning_rate), average)
 
 
-def _in_midrun(state: Any, params: Any) -> Any:
+def in_midrun(state: Any, params: Any) -> Any:
     """A state of 200 steps, such that all that may happen does in the next 24 steps.
 
     The rate has just risen. As its losses were far below what they are now, this is
@@ -162,7 +162,7 @@ def _servo(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
         optimizer = optax.chain(descent, make(momentum=0.0, **arguments))
 
         def init(params: Any) -> Any:
-            return _in_midrun(optimizer.init(params), params)
+            return in_midrun(optimizer.init(params), params)
 
         def update(
             updates: Any, state: Any, params: Any = None, **extra_args: Any
