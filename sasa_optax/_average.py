@@ -269,12 +269,8 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
 
 def _whole(averages: list[optax.Params]) -> optax.Params:
     """A copy of the one average there is, if it has all of the parameters."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    nodes = jax.tree.leaves(averages, is_leaf=is_masked)
-    if len(averages) > 1 or any(map(is_masked, nodes)):
+    nodes = jax.tree.leaves(averages, is_leaf=_types.is_masked)
+    if len(averages) > 1 or any(map(_types.is_masked, nodes)):
         raise ValueError(
             "params is needed, as opt_state averages parts of the parameters: call "
             "`sasa_optax.averaged_params(opt_state, params)`."

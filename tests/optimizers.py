@@ -69,10 +69,11 @@ def _slope(
 
 
 def _searching(optimizer: Optimizer) -> Optimizer:
-    """A line search whose loss is made from the parameters."""
+    """A line search whose loss is made from the parameters, unless it is given."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        extra_args |= {"grad": updates, "value": None, "value_fn": squares}
+        made = {"grad": updates, "value_fn": squares}
+        extra_args = made | extra_args | {"value": None}
         return optimizer.update(updates, state, params, **extra_args)
 
     return Optimizer(optimizer.init, update)

@@ -7,9 +7,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from every_option import PAIRS, Numbers, after_a_run, made, numeric_options
-from optimizers import ALL, squares
+from optimizers import ALL, SERVOS, squares
 
 import sasa_optax
 
@@ -126,3 +127,29 @@ def test_no_part_is_promoted(mode: str) -> None:
         _trace_a_step("salsa", numbers, with_value=False, search=search)
         _trace_a_step("qhm", {}, learning_rate=lambda step: 0.1)
         _trace_a_step("sasa_plus", {}, learning_rate=lambda step: 0.1)
+
+
+# The optimizers with these options whose rate follows no continuous rule.
+_DIFFERENTIABLE = [name for name in ALL if name not in (*SERVOS, "average_iterates")]
+_HYPERPARAMETERS = ("learning_rate", "momentum", "nu", "weight_decay", "factor")
+
+
+@_transformed("`grad` with respect to the rate, momentum, nu, weight decay and factor")
+@pytest.mark.parametrize("name", _DIFFERENTIABLE)
+def test_hypergradients(name: str, x64: None) -> None:
+    """They are those of finite differences, at which every decision is the same."""
+    numbers = _numbers(name)
+    hypers = {k: jnp.float64(x) for k, x in numbers.items() if k in _HYPERPARAMETERS}
+
+    @jax.jit
+    @jax.value_and_grad
+    def final(hypers: Numbers) -> jax.Array:
+        params, _ = after_a_run(name, numbers | hypers)
+        return jnp.sum((params - 1) ** 2)
+
+    _, grads = final(hypers)
+    for option, x in hypers.items():
+        ends = [final(hypers | {option: x + sign * 1e-6})[0] for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert slope != 0, option
+        np.testing.assert_allclose(grads[option], slope, rtol=1e-5, err_msg=option)
