@@ -207,10 +207,11 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
         `average_iterates` or ``average=True`` in it, at any depth: a chain,
         `optax.masked`, `optax.partition`, `optax.MultiSteps`, a Flax train state.
       params: the current parameters, or a model that contains them. They give the
-        result its structure and dtypes, and stand in for what is not averaged. They are
-        needed where the dtypes differ (bfloat16), with Flax NNX (``nnx.state(model,
-        nnx.Param)``), and under `optax.masked` or `optax.partition`. Default None: the
-        average as it is kept, which for parameters of float32 or float64 is the same.
+        result its structure and dtypes, and stand in for what is not averaged, such as
+        integers and booleans. They are needed where the dtypes differ (bfloat16), with
+        Flax NNX (``nnx.state(model, nnx.Param)``), and under `optax.masked` or
+        `optax.partition`. Default None: the average as it is kept, which for parameters
+        of float32 or float64 is the same.
 
     Returns:
       The average, in buffers of its own: the state may be donated afterwards. Before
@@ -256,7 +257,9 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
                 f"params must have the shapes of those that are averaged, got "
                 f"{jnp.shape(x)} for {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}."
             )
-        return jnp.array(leaf, jnp.asarray(x).dtype, copy=True)
+        newest = jnp.asarray(x)
+        is_averaged = jnp.issubdtype(newest.dtype, jnp.inexact)
+        return jnp.array(leaf if is_averaged else newest, newest.dtype, copy=True)
 
     result = jax.tree.map_with_path(of_leaf, params)
     if found:

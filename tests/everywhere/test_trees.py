@@ -156,6 +156,10 @@ def test_what_is_no_floating_point_number_is_left_alone(name: str) -> None:
             assert averaged["flag"] == (k % 2 == 0)
         params["count"] += 1
         params["flag"] = ~params["flag"]
+    if optax.tree.get_all_with_path(state, "averaged"):
+        model: Any = sasa_optax.averaged_params(state, params)
+        assert model["count"] == params["count"]
+        assert model["flag"] == params["flag"]
     expected = run_plainly(name, 12)
     np.testing.assert_allclose(params["a"], expected[0], rtol=1e-4)
     one, other = (decided(x) for x in (state, expected[1]))
@@ -184,24 +188,34 @@ def test_what_is_no_floating_point_number_does_not_decay(name: str) -> None:
     assert not updates["flag"]
 
 
-@_typed("Python numbers, without jit")
+@_typed("Python and NumPy numbers, without jit")
 @for_all
 def test_python_numbers(name: str) -> None:
     """They move as arrays of single precision do."""
     optimizer, update = small(name)
-    numbers: Any = [1.0, 1.0]
+    kinds = (float, np.float64)
+    numbers: Any = [kind(1.0) for kind in kinds]
     arrays = [jnp.float32(x) for x in numbers]
     states = [optimizer.init(numbers), optimizer.init(arrays)]
     for noise in NOISE[:6]:
         grads = list(grads_at(noise, np.asarray(arrays)))
         arrays, states[1] = take_step(update, grads, states[1], arrays)
-        grads = list(map(float, grads))
+        grads = [kind(g) for kind, g in zip(kinds, grads, strict=True)]
         numbers, states[0] = take_step(optimizer.update, grads, states[0], numbers)
         assert not any(leaf.aval.weak_type for leaf in jax.tree.leaves(states[0]))
-        numbers = list(map(float, numbers))
+        numbers = [kind(x) for kind, x in zip(kinds, numbers, strict=True)]
     np.testing.assert_allclose(numbers, arrays, rtol=1e-5)
     one, other = map(decided, states)
     chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_of_float8_has_more_digits() -> None:
+    optimizer = sasa_optax.average_iterates(min_horizon=4.0)
+    params = jnp.ones(2, jnp.float8_e4m3fn)
+    _, state = optimizer.update(params / 4, optimizer.init(params), params)
+    # Between 1 and 2 there are seven numbers of float8.
+    averaged = sasa_optax.averaged_params(state)
+    chex.assert_trees_all_equal(averaged, jnp.full(2, 1 + 1 / 16))
 
 
 @pytest.mark.parametrize("update", [None, np.zeros((), jax.dtypes.float0)])
