@@ -323,14 +323,14 @@ class SearchingController:
             if self.search.batch_axis_name is not None:
                 loss = jax.lax.pmean(loss, self.search.batch_axis_name)
             penalty = _decay.regularizer(decay, params, dtype, axis_name)
-            return loss.astype(dtype) + penalty
+            # A traced decay must not make the loop a part of what is differentiated.
+            return jax.lax.stop_gradient(loss.astype(dtype) + penalty)
 
         def at(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
             new = optax.apply_updates(params, _tree.scale(-step_size, descent))
             loss = _evaluated(value_fn, new, own_arguments)
             rounding = float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)
-            loss = regularized(jax.lax.stop_gradient(loss), new)
-            return loss, rounding.astype(dtype)
+            return regularized(loss, new), rounding.astype(dtype)
 
         grad = _decay.decayed_grads(grad, decay, params)
         descent = direction if self.search.direction == "update" else grad

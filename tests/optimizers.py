@@ -69,11 +69,12 @@ def _slope(
 
 
 def _searching(optimizer: Optimizer) -> Optimizer:
-    """A line search whose loss is made from the parameters, unless it is given."""
+    """A line search whose loss is made from the parameters, by ``loss_fn`` if given."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        made = {"grad": updates, "value_fn": squares}
-        extra_args = made | extra_args | {"value": None}
+        loss_fn = extra_args.pop("loss_fn", squares)
+        extra_args = {"grad": updates} | extra_args
+        extra_args |= {"value": None, "value_fn": loss_fn}
         return optimizer.update(updates, state, params, **extra_args)
 
     return Optimizer(optimizer.init, update)
