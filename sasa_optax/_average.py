@@ -21,6 +21,7 @@ class AverageState(NamedTuple):
       num_averaged: steps taken, shape (), int32.
       averaged: c, with the structure and the shapes of the parameters, in float32
         unless another dtype was asked for, and in float64 where the parameters are.
+        Integers and booleans are not averaged. They are those of the newest step.
     """
 
     num_averaged: jax.Array
@@ -32,10 +33,12 @@ def start(params: optax.Params, dtype: jnp.dtype | None = None) -> AverageState:
 
     def copied(x: Numeric) -> jax.Array:
         x = jnp.asarray(x)
-        kept = x.dtype
+        kept, wide = x.dtype, jnp.float32 if dtype is None else dtype
         if jnp.issubdtype(kept, jnp.inexact):
-            # The average of a leaf is never narrower than the leaf.
-            kept = jnp.promote_types(kept, jnp.float32 if dtype is None else dtype)
+            # The average of a leaf is never narrower than the leaf. JAX promotes no
+            # float8, but what takes two bytes or one is narrower anyway.
+            is_narrow = kept.itemsize < 4
+            kept = wide if is_narrow else jnp.promote_types(kept, wide)
         return jnp.array(x, kept, copy=True)
 
     return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(copied, params))
@@ -70,6 +73,17 @@ def push(
     averaged = jax.tree.map(moved, state.averaged, jax.lax.stop_gradient(new_params))
     num_averaged = jnp.asarray(optax.safe_increment(state.num_averaged))
     return AverageState(num_averaged, averaged)
+
+
+def offset(params: optax.Params, averaged: optax.Params) -> optax.Params:
+    """x - c, in the dtypes of the average; 0.0 where a leaf is not averaged."""
+
+    def from_average(x: Numeric, c: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(c.dtype, jnp.inexact):
+            return jnp.zeros_like(c, jnp.float32)
+        return jnp.asarray(x).astype(c.dtype) - c
+
+    return jax.tree.map(from_average, params, averaged)
 
 
 def checked_dtype(dtype: DType | None) -> jnp.dtype | None:
@@ -193,10 +207,11 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
         `average_iterates` or ``average=True`` in it, at any depth: a chain,
         `optax.masked`, `optax.partition`, `optax.MultiSteps`, a Flax train state.
       params: the current parameters, or a model that contains them. They give the
-        result its structure and dtypes, and stand in for what is not averaged. They are
-        needed where the dtypes differ (bfloat16), with Flax NNX (``nnx.state(model,
-        nnx.Param)``), and under `optax.masked` or `optax.partition`. Default None: the
-        average as it is kept, which for parameters of float32 or float64 is the same.
+        result its structure and dtypes, and stand in for what is not averaged, such as
+        integers and booleans. They are needed where the dtypes differ (bfloat16), with
+        Flax NNX (``nnx.state(model, nnx.Param)``), and under `optax.masked` or
+        `optax.partition`. Default None: the average as it is kept, which for parameters
+        of float32 or float64 is the same.
 
     Returns:
       The average, in buffers of its own: the state may be donated afterwards. Before
@@ -242,7 +257,9 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
                 f"params must have the shapes of those that are averaged, got "
                 f"{jnp.shape(x)} for {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}."
             )
-        return jnp.array(leaf, jnp.asarray(x).dtype, copy=True)
+        newest = jnp.asarray(x)
+        is_averaged = jnp.issubdtype(newest.dtype, jnp.inexact)
+        return jnp.array(leaf if is_averaged else newest, newest.dtype, copy=True)
 
     result = jax.tree.map_with_path(of_leaf, params)
     if found:
@@ -255,12 +272,8 @@ def averaged_params(opt_state: Any, params: optax.Params | None = None) -> optax
 
 def _whole(averages: list[optax.Params]) -> optax.Params:
     """A copy of the one average there is, if it has all of the parameters."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    nodes = jax.tree.leaves(averages, is_leaf=is_masked)
-    if len(averages) > 1 or any(map(is_masked, nodes)):
+    nodes = jax.tree.leaves(averages, is_leaf=_types.is_masked)
+    if len(averages) > 1 or any(map(_types.is_masked, nodes)):
         raise ValueError(
             "params is needed, as opt_state averages parts of the parameters: call "
             "`sasa_optax.averaged_params(opt_state, params)`."

@@ -16,6 +16,8 @@ from jax.core import Tracer
 
 from sasa_optax._types import DType, Numeric
 
+_LARGEST = np.iinfo(np.int32).max
+
 
 def _scalar(name: str, value: Any, allowed: str) -> np.ndarray | None:
     """``value`` as a concrete real scalar; None if it is traced."""
@@ -46,10 +48,17 @@ def number(name: str, value: Numeric, interval: str) -> None:
 
 
 def integer(name: str, value: Numeric, at_least: int) -> None:
+    """Checks an integer that counters, which are int32, are compared with."""
     allowed = f"an integer of at least {at_least}"
     array = _scalar(name, value, allowed)
-    if array is not None and (array.dtype.kind not in "iu" or int(array) < at_least):
+    if array is None:
+        return
+    if array.dtype.kind not in "iu" or int(array) < at_least:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    if int(array) > _LARGEST:
+        raise ValueError(
+            f"{name} must be an integer of at most {_LARGEST}, got {value!r}."
+        )
 
 
 def static_integer(name: str, value: Any, at_least: int) -> int:

@@ -125,12 +125,25 @@ def as_transformation(
     ) -> tuple[optax.Updates, Any]:
         _checks.state(state, controller.state_type)
         direction = _tree.scale(-1.0, updates) if scales_updates else updates
-        extra = ExtraArgs(grad, value, 0.0, others)
+        extra = ExtraArgs(_masked_as(updates, grad), value, 0.0, others)
         params = _checks.params(params)
         _, updates, state = controller.step(direction, state, params, extra)
         return updates, shown(state)
 
     return _types.transformation(init, update)
+
+
+def _masked_as(
+    updates: optax.Updates, grad: optax.Updates | None
+) -> optax.Updates | None:
+    """The gradient of what is updated. `optax.masked` hides the rest of the updates."""
+    if grad is None:
+        return None
+
+    def seen(u: Any, g: Any) -> Any:
+        return u if _types.is_masked(u) else g
+
+    return jax.tree.map(seen, updates, grad, is_leaf=_types.is_masked)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

@@ -34,6 +34,12 @@ _CALL = (
     "Flax's `TrainState.apply_gradients` and NumPyro's `SVI` do not pass `value_fn` on."
 )
 
+_MASKED = (
+    "value_fn has failed on masked parameters: `optax.masked` and `optax.partition` "
+    "put an `optax.MaskedNode` in place of those that they hide. Let value_fn fill "
+    "these in, as docs/everywhere.md shows, or make the line search the outermost."
+)
+
 
 @_types.options("direction", "batch_axis_name")
 class LineSearch:
@@ -213,6 +219,19 @@ def _own_arguments(
     return {name: extra_args[name] for name in names}
 
 
+def _evaluated(
+    value_fn: Callable[..., Any], params: optax.Params, arguments: dict[str, Any]
+) -> jax.Array:
+    try:
+        loss = value_fn(params, **arguments)
+    except Exception as error:
+        nodes = jax.tree.leaves(params, is_leaf=_types.is_masked)
+        if any(map(_types.is_masked, nodes)):
+            raise ValueError(_MASKED) from error
+        raise
+    return _checks.loss("value_fn's result", loss)
+
+
 @dataclasses.dataclass(eq=False)
 class SearchingController:
     """Finds the rate that a `Controller` then cuts.
@@ -313,14 +332,14 @@ class SearchingController:
             if self.search.batch_axis_name is not None:
                 loss = jax.lax.pmean(loss, self.search.batch_axis_name)
             penalty = _decay.regularizer(decay, params, dtype, axis_name)
-            return loss.astype(dtype) + penalty
+            # A traced decay must not make the loop a part of what is differentiated.
+            return jax.lax.stop_gradient(loss.astype(dtype) + penalty)
 
         def at(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
             new = optax.apply_updates(params, _tree.scale(-step_size, descent))
-            loss = _checks.loss("value_fn's result", value_fn(new, **own_arguments))
+            loss = _evaluated(value_fn, new, own_arguments)
             rounding = float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)
-            loss = regularized(jax.lax.stop_gradient(loss), new)
-            return loss, rounding.astype(dtype)
+            return regularized(loss, new), rounding.astype(dtype)
 
         grad = _decay.decayed_grads(grad, decay, params)
         descent = direction if self.search.direction == "update" else grad

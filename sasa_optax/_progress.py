@@ -33,7 +33,8 @@ class ProgressState(NamedTuple):
 
 
 def start(params: optax.Params, dtype: jnp.dtype | None) -> ProgressState:
-    number, num_leaves = _tree.statistic_dtype(params), len(_inexact(params))
+    number = _tree.statistic_dtype(params)
+    num_leaves = len(_averaged(params, params))
     return ProgressState(
         progress=jnp.ones((), number),
         walks=jnp.zeros((num_leaves,), number),
@@ -71,10 +72,10 @@ def step(
 
     def products(updates: Any, trees: Any) -> _cpu_schedule.Rows:
         params, centre = trees
-        offset = _tree.subtract(moved(updates, params, centre)[1], centre)
+        offset = _average.offset(moved(updates, params, centre)[1], centre)
         # The lengths are those before a return, which would read the old parameters.
         # After a return the walks begin anew, so they do not matter.
-        offset, updates = _inexact(offset), _inexact(updates)
+        offset, updates = _averaged(offset, centre), _averaged(updates, centre)
         pairs = [(offset, offset), (updates, updates)]
         return _products.leaf_products(pairs, dtype, axis_name)
 
@@ -96,10 +97,14 @@ def step(
     return updates, ProgressState(progress, walks, num_walked, average)
 
 
-def _inexact(tree: Any) -> list[jax.Array]:
-    """The leaves that are averaged."""
-    leaves = map(jnp.asarray, jax.tree.leaves(tree))
-    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+def _averaged(tree: Any, centre: optax.Params) -> list[jax.Array]:
+    """The leaves that are averaged in ``centre``, whatever their own dtypes."""
+    leaves = zip(*map(jax.tree.leaves, (tree, centre)), strict=True)
+    return [
+        jnp.asarray(x)
+        for x, c in leaves
+        if jnp.issubdtype(jnp.asarray(c).dtype, jnp.inexact)
+    ]
 
 
 def _scaled(scale: jax.Array, updates: optax.Updates) -> optax.Updates:
@@ -118,11 +123,10 @@ def _returned(
 ) -> optax.Updates:
     """The updates, or the way to the average where ``returns`` is true."""
 
-    def choose(u: jax.Array, x: Numeric, c: jax.Array) -> jax.Array:
-        back = c - jnp.asarray(x).astype(c.dtype)
-        return jnp.where(returns, back.astype(u.dtype), u)
+    def choose(u: jax.Array, from_average: jax.Array) -> jax.Array:
+        return jnp.where(returns, (-from_average).astype(u.dtype), u)
 
-    return jax.tree.map(choose, updates, params, centre)
+    return jax.tree.map(choose, updates, _average.offset(params, centre))
 
 
 def _measured(

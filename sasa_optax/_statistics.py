@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _average, _checks, _decay, _products, _tree
+from sasa_optax import _average, _checks, _decay, _products
 from sasa_optax._stationarity import EquivalenceTest
 from sasa_optax._types import AxisName, Numeric
 
@@ -211,7 +211,8 @@ def yaida_statistic(momentum: Numeric = 0.9, weight_decay: Numeric = 0.0) -> Sta
 
     def pairs(t: Transition) -> _products.Pairs:
         d, g, new_x = t.direction, t.grad, t.new_params
-        decayed = [] if _decay.is_zero(weight_decay) else [(new_x, d), (new_x, new_x)]
+        x = _decay.decaying(new_x)
+        decayed = [] if _decay.is_zero(weight_decay) else [(x, d), (x, x)]
         return [(d, d), (d, g), (new_x, g), *decayed]
 
     def sample(products: list[jax.Array], t: Transition) -> Sample:
@@ -243,8 +244,8 @@ def loss_statistic(weight_decay: Numeric = 0.0) -> Statistic:
     _checks.momentum(weight_decay=weight_decay)
 
     def pairs(t: Transition) -> _products.Pairs:
-        is_zero = _decay.is_zero(weight_decay)
-        return [] if is_zero else [(t.new_params, t.new_params)]
+        x = _decay.decaying(t.new_params)
+        return [] if _decay.is_zero(weight_decay) else [(x, x)]
 
     def sample(products: list[jax.Array], t: Transition) -> Sample:
         if t.value is None:
@@ -292,7 +293,7 @@ def centred_statistic(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> Statistic:
     _checks.momentum(momentum, nu)
 
     def pairs(t: Transition, centre: _average.AverageState) -> _products.Pairs:
-        offset = _tree.subtract(t.new_params, centre.averaged)
+        offset = _average.offset(t.new_params, centre.averaged)
         return [(offset, t.direction), (t.direction, t.direction), (offset, offset)]
 
     def sample(

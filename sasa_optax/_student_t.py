@@ -34,7 +34,11 @@ def _normal_deviate(t: jax.Array, dof: jax.Array) -> jax.Array:
 
 def _sine_integral(angle: jax.Array, dof: jax.Array) -> jax.Array:
     """The integral of sin(u)^(dof - 1) for u from 0 to ``angle``."""
-    nodes, weights = jnp.asarray(_NODES, dof.dtype), jnp.asarray(_WEIGHTS, dof.dtype)
+    # The same rank for all: with jax_numpy_rank_promotion="raise", JAX adds no axis.
+    shape = (*angle.shape, _NODES.size)
+    nodes, weights = (
+        jnp.broadcast_to(jnp.asarray(x, dof.dtype), shape) for x in (_NODES, _WEIGHTS)
+    )
     sines = jnp.sin(angle[..., None] * nodes)
     return angle * jnp.sum(weights * sines ** (dof[..., None] - 1), axis=-1)
 

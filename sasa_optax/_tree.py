@@ -41,8 +41,3 @@ def linear_combination(
         return total.astype(jnp.asarray(x).dtype)
 
     return jax.tree.map(combine, x, y)
-
-
-def subtract(x: optax.Params, y: optax.Params) -> optax.Params:
-    """x - y, in the dtypes of ``y``."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype) - y, x, y)

@@ -22,6 +22,11 @@ def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> Opti
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def is_masked(node: Any) -> bool:
+    """Whether it stands for what `optax.masked` and `optax.partition` hide."""
+    return isinstance(node, optax.MaskedNode)
+
+
 @dataclass_transform(frozen_default=True)
 def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
     """Makes a class a frozen dataclass and a pytree whose leaves are its fields.

@@ -73,7 +73,8 @@ class Window:
         least = jnp.asarray(self.min_samples, jnp.int32)
         if not self.scale_min_samples:
             return least
-        grown = least / jnp.asarray(factor, jnp.float32) ** num_drops
+        shrunk = jnp.asarray(factor, jnp.float32) ** num_drops.astype(jnp.float32)
+        grown = least.astype(jnp.float32) / shrunk
         most = jnp.float32(self.max_window - 1)
         return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
 

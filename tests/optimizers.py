@@ -38,13 +38,18 @@ def always_stationary(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
 
 
 def squares(tree: Any) -> jax.Array:
-    """The squared norm, a loss for any parameters; shape (), at least float32."""
+    """The squared norm, a loss for any parameters; shape (), at least float32.
+
+    Integers and booleans do not count.
+    """
 
     def part(x: jax.Array) -> jax.Array:
-        wide = jnp.abs(x).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32))
-        return jnp.sum(wide**2)
+        # JAX promotes no float8.
+        wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+        return jnp.sum(jnp.abs(wide) ** 2)
 
-    parts = [part(x) for x in jax.tree.leaves(tree)]
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    parts = [part(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     return sum(parts, jnp.zeros((), jnp.float32))
 
 
@@ -64,10 +69,12 @@ def _slope(
 
 
 def _searching(optimizer: Optimizer) -> Optimizer:
-    """A line search whose loss is made from the parameters."""
+    """A line search whose loss is made from the parameters, by ``loss_fn`` if given."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        extra_args |= {"grad": updates, "value": None, "value_fn": squares}
+        loss_fn = extra_args.pop("loss_fn", squares)
+        extra_args = {"grad": updates} | extra_args
+        extra_args |= {"value": None, "value_fn": loss_fn}
         return optimizer.update(updates, state, params, **extra_args)
 
     return Optimizer(optimizer.init, update)
@@ -123,7 +130,7 @@ def _averaged(learning_rate: float, **arguments: Any) -> Optimizer:
     return optax.chain(optax.sgd(0.1 * learning_rate), average)
 
 
-def _in_midrun(state: Any, params: Any) -> Any:
+def in_midrun(state: Any, params: Any) -> Any:
     """A state of 200 steps, such that all that may happen does in the next 24 steps.
 
     The rate has just risen. As its losses were far below what they are now, this is
@@ -157,7 +164,7 @@ def _servo(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
         optimizer = optax.chain(descent, make(momentum=0.0, **arguments))
 
         def init(params: Any) -> Any:
-            return _in_midrun(optimizer.init(params), params)
+            return in_midrun(optimizer.init(params), params)
 
         def update(
             updates: Any, state: Any, params: Any = None, **extra_args: Any

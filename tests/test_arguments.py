@@ -314,6 +314,44 @@ def test_parts_of_ones_own_that_return_the_wrong_thing(
         step(jnp.ones(2))
 
 
+_TOO_LARGE = [
+    *((sasa_optax.Window, name) for name in ("leak_ratio", "min_samples")),
+    *((sasa_optax.Window, name) for name in ("test_interval", "warmup_steps")),
+    (sasa_optax.Window, "max_window"),
+    *((sasa_optax.LineSearch, name) for name in ("interval", "max_trials")),
+    (sasa_optax.average_iterates, "leak_ratio"),
+    (sasa_optax.salsa, "steps_per_epoch"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), _TOO_LARGE)
+def test_an_integer_beyond_the_counters(make: Callable[..., Any], name: str) -> None:
+    for value in (2**31, np.int64(2**40), 10**18):
+        message = f"{name} must be an integer of at most 2147483647, got {value!r}."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["test_interval", "warmup_steps"])
+def test_the_largest_integer_means_never(name: str) -> None:
+    fields: dict[str, Any] = {"test_interval": 1} | {name: 2**31 - 1}
+    window = sasa_optax.Window(leak_ratio=1, min_samples=4, max_window=8, **fields)
+
+    def fired(samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+        return sasa_optax.TestResult(stationary=True)
+
+    optimizer = sasa_optax.scale_by_sasa_plus(0.1, test=fired, window=window)
+    x = jnp.ones(1)
+
+    def step(state: Any, _: Any) -> Any:
+        return optimizer.update(x, state, x)[1], None
+
+    state, _ = jax.lax.scan(step, optimizer.init(x), None, length=9)
+    assert int(optax.tree.get(state, "num_drops")) == 0
+    has_run = int(optax.tree.get(state, "last_test").at_step) > 0
+    assert has_run == (name == "warmup_steps")
+
+
 def test_the_largest_scale_is_at_least_the_smallest() -> None:
     with pytest.raises(ValueError, match=r"max_scale must be .*min_scale.*0\.5"):
         sasa_optax.adapt_on_progress(min_scale=0.5, max_scale=0.4)

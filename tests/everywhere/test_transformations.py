@@ -128,12 +128,3 @@ def test_single_precision_stays_where_double_is_enabled(name: str, x64: None) ->
     params = jnp.asarray(START, jnp.float32)
     types = jax.eval_shape(optimizer.update, params, optimizer.init(params), params)
     assert jnp.float64 not in {x.dtype for x in jax.tree.leaves(types)}
-
-
-@_transformed('`jax_numpy_dtype_promotion="strict"`')
-@for_all
-def test_strict_promotion(name: str) -> None:
-    optimizer = ALL[name](**SMALL)
-    with jax.numpy_dtype_promotion("strict"):
-        params = jnp.asarray(START)
-        jax.eval_shape(optimizer.update, params, optimizer.init(params), params)

@@ -10,13 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import ALL, PLAIN, SMALL, decided, small, without_momentum
-from plain_loop import COUNTS, NOISE, START, assert_as_in_a_loop, run, run_plainly
+from optimizers import (
+    ALL,
+    PLAIN,
+    SMALL,
+    decided,
+    small,
+    squares,
+    take_step,
+    without_momentum,
+)
+from plain_loop import (
+    COUNTS,
+    NOISE,
+    START,
+    assert_as_in_a_loop,
+    grads_at,
+    run,
+    run_plainly,
+)
+
+import sasa_optax
 
 for_all = pytest.mark.parametrize("name", ALL)
 _typed = functools.partial(pytest.mark.environment, "2. Types and trees")
 
 _TREES: dict[str, Any] = {
+    "float8": [np.ones(2, t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2)],
     "float16": np.ones(2, np.float16),
     "bfloat16": np.ones(2, jnp.bfloat16),
     "float32": np.ones(2, np.float32),
@@ -114,3 +134,92 @@ def test_committed_parameters(name: str) -> None:
     actual = run(update, params, optimizer.init(params), NOISE)
     assert {d for x in jax.tree.leaves(actual) for d in x.devices()} == {device}
     assert_as_in_a_loop(actual, name)
+
+
+@_typed("integers and booleans among the parameters, with updates of zero")
+@for_all
+def test_what_is_no_floating_point_number_is_left_alone(name: str) -> None:
+    """The rest decides and moves as without, and an average holds what is newest."""
+    optimizer, _ = small(name)
+    step = jax.jit(optimizer.update)
+    params = {"a": jnp.asarray(START), "count": jnp.int8(7), "flag": jnp.array([True])}
+    state = optimizer.init(params)
+    for k, noise in enumerate(NOISE[:12]):
+        grads = jax.tree.map(jnp.zeros_like, params)
+        grads["a"] = grads_at(noise, params["a"])
+        params, state = take_step(step, grads, state, params)
+        assert params["count"] == 7 + k
+        assert params["flag"] == (k % 2 == 0)
+        for _, averaged in optax.tree.get_all_with_path(state, "averaged"):
+            chex.assert_trees_all_equal_dtypes(averaged, params)
+            assert averaged["count"] == 7 + k
+            assert averaged["flag"] == (k % 2 == 0)
+        params["count"] += 1
+        params["flag"] = ~params["flag"]
+    if optax.tree.get_all_with_path(state, "averaged"):
+        model: Any = sasa_optax.averaged_params(state, params)
+        assert model["count"] == params["count"]
+        assert model["flag"] == params["flag"]
+    expected = run_plainly(name, 12)
+    np.testing.assert_allclose(params["a"], expected[0], rtol=1e-4)
+    one, other = (decided(x) for x in (state, expected[1]))
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+_DECAYING = ("sasa", "sasa_plus", "slope", "salsa")
+
+
+@_typed("integers and booleans among the parameters, with updates of zero", *_DECAYING)
+@pytest.mark.parametrize("name", _DECAYING)
+def test_what_is_no_floating_point_number_does_not_decay(name: str) -> None:
+    """It does not count in what is recorded either."""
+    optimizer = getattr(sasa_optax, name)(1.0, weight_decay=0.5, **SMALL)
+    number = {"a": jnp.asarray(START)}
+    params = number | {"count": jnp.int8(7), "flag": jnp.array([True])}
+    after = []
+    for tree in (number, params):
+        grads = jax.tree.map(jnp.zeros_like, tree) | number
+        extra = {"value": jnp.float32(1), "value_fn": squares}
+        updates, state = optimizer.update(grads, optimizer.init(tree), tree, **extra)
+        samples = [optax.tree.get(state, field) for field in ("window", "losses")]
+        after.append((updates["a"], samples))
+    chex.assert_trees_all_close(*after, rtol=1e-6)
+    assert updates["count"] == 0
+    assert not updates["flag"]
+
+
+@_typed("Python and NumPy numbers, without jit")
+@for_all
+def test_python_numbers(name: str) -> None:
+    """They move as arrays of single precision do."""
+    optimizer, update = small(name)
+    kinds = (float, np.float64)
+    numbers: Any = [kind(1.0) for kind in kinds]
+    arrays = [jnp.float32(x) for x in numbers]
+    states = [optimizer.init(numbers), optimizer.init(arrays)]
+    for noise in NOISE[:6]:
+        grads = list(grads_at(noise, np.asarray(arrays)))
+        arrays, states[1] = take_step(update, grads, states[1], arrays)
+        grads = [kind(g) for kind, g in zip(kinds, grads, strict=True)]
+        numbers, states[0] = take_step(optimizer.update, grads, states[0], numbers)
+        assert not any(leaf.aval.weak_type for leaf in jax.tree.leaves(states[0]))
+        numbers = [kind(x) for kind, x in zip(kinds, numbers, strict=True)]
+    np.testing.assert_allclose(numbers, arrays, rtol=1e-5)
+    one, other = map(decided, states)
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_of_float8_has_more_digits() -> None:
+    optimizer = sasa_optax.average_iterates(min_horizon=4.0)
+    params = jnp.ones(2, jnp.float8_e4m3fn)
+    _, state = optimizer.update(params / 4, optimizer.init(params), params)
+    # Between 1 and 2 there are seven numbers of float8.
+    averaged = sasa_optax.averaged_params(state)
+    chex.assert_trees_all_equal(averaged, jnp.full(2, 1 + 1 / 16))
+
+
+@pytest.mark.parametrize("update", [None, np.zeros((), jax.dtypes.float0)])
+def test_optax_adds_neither_none_nor_float0(update: Any) -> None:
+    """If it ever does, integers and booleans should take such updates here."""
+    with pytest.raises(TypeError):
+        optax.apply_updates({"count": jnp.int32(7)}, {"count": update})

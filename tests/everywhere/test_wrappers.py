@@ -1,6 +1,7 @@
 """Each optimizer decides and moves the same inside optax's wrappers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -55,39 +56,78 @@ def test_multi_steps(name: str) -> None:
     assert_as_in_a_loop((params, state.inner_opt_state), name, 12)
 
 
-# A line search under these would call `value_fn` with the masked parameters.
-for_all_without_search = pytest.mark.parametrize(
-    "name", [name for name in ALL if "salsa" not in name and "ssls" not in name]
-)
+def _filled_in(params: Any) -> Callable[[Any], jax.Array]:
+    """The loss of all parameters, as a function of what a mask leaves of them."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def loss(masked: Any) -> jax.Array:
+        whole = jax.tree.map(
+            lambda mine, x: x if is_masked(mine) else mine,
+            *(masked, params),
+            is_leaf=is_masked,
+        )
+        return squares(whole["a"]) + squares(whole["b"])
+
+    return loss
 
 
 @_wrapped("`masked`")
-@for_all_without_search
+@for_all
 def test_masked(name: str) -> None:
     mask = {"a": True, "b": False}
     optimizer = optax.masked(small(name)[0], mask)
-    params = {"a": jnp.asarray(START), "b": jnp.ones(3)}
-    noise = [{"a": row, "b": np.zeros(3, np.float32)} for row in NOISE]
-    state, update = started(optimizer, params)
-    for row in noise:
-        grads = {"a": grads_at(row["a"], params["a"]), "b": row["b"]}
-        params, state = take_step(update, grads, state, params)
+    params = {"a": jnp.asarray(START), "b": jnp.zeros(3)}
+    state: Any = optimizer.init(params)
+
+    @jax.jit
+    def step(noise: jax.Array, params: Any, state: Any) -> Any:
+        grads = {"a": grads_at(noise, params["a"]), "b": jnp.zeros(3)}
+        extra = {"grad": grads, "loss_fn": _filled_in(params)}
+        return take_step(optimizer.update, grads, state, params, **extra)
+
+    for noise in NOISE:
+        params, state = step(noise, params, state)
     assert_as_in_a_loop((params["a"], state.inner_state), name)
 
 
 @_wrapped("`partition`, each group deciding alone")
-@for_all_without_search
+@for_all
 def test_partition(name: str) -> None:
     groups: dict[Any, Any] = {"ours": small(name)[0], "frozen": optax.set_to_zero()}
     optimizer = optax.partition(groups, {"a": "ours", "b": "frozen"})
-    params = {"a": jnp.asarray(START), "b": jnp.ones(3)}
-    state, update = started(optimizer, params)
-    for noise in NOISE:
+    params = {"a": jnp.asarray(START), "b": jnp.zeros(3)}
+    state: Any = optimizer.init(params)
+
+    @jax.jit
+    def step(noise: jax.Array, params: Any, state: Any) -> Any:
         grads = {"a": grads_at(noise, params["a"]), "b": jnp.ones(3)}
-        params, state = take_step(update, grads, state, params)
+        extra = {"grad": grads, "loss_fn": _filled_in(params)}
+        return take_step(optimizer.update, grads, state, params, **extra)
+
+    for noise in NOISE:
+        params, state = step(noise, params, state)
     inner = state.inner_states["ours"].inner_state
     assert_as_in_a_loop((params["a"], inner), name)
-    np.testing.assert_array_equal(params["b"], 1.0)
+    np.testing.assert_array_equal(params["b"], 0.0)
+
+
+@pytest.mark.parametrize("make", [sasa_optax.ssls, sasa_optax.salsa])
+def test_a_loss_that_fails_on_masked_parameters(make: Any) -> None:
+    optimizer = optax.masked(make(), {"a": True, "b": False})
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(params["a"] * params["b"])
+
+    with pytest.raises(ValueError, match="value_fn has failed on masked") as error:
+        optimizer.update(params, optimizer.init(params), params, value_fn=loss)
+    assert isinstance(error.value.__cause__, TypeError)
+    with pytest.raises(KeyError, match="c"):
+        make().update(
+            params, make().init(params), params, value_fn=lambda params: params["c"]
+        )
 
 
 @_wrapped("`transforms.freeze`, after it")
@@ -109,8 +149,16 @@ def test_frozen(name: str) -> None:
     chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+# Their updates need the loss. The optimizers here make one from the parameters, which
+# hides that lookahead passes none on.
+_NEED_THE_LOSS = (
+    *("slope", "salsa", "scale_by_salsa", "ssls", "scale_by_ssls"),
+    "adapt_on_progress",
+)
+
+
 @_wrapped("`lookahead`, around it")
-@for_all
+@pytest.mark.parametrize("name", [name for name in ALL if name not in _NEED_THE_LOSS])
 def test_lookahead(name: str) -> None:
     """With slow parameters that take each step in full, nothing changes."""
     optimizer = optax.lookahead(small(name)[0], sync_period=4, slow_step_size=1.0)
@@ -119,6 +167,52 @@ def test_lookahead(name: str) -> None:
     for noise in NOISE:
         params, state = take_step(update, grads_at(noise, params.fast), state, params)
     assert_as_in_a_loop((params.slow, state.fast_state), name)
+
+
+@pytest.mark.parametrize("name", _NEED_THE_LOSS)
+def test_lookahead_hides_the_loss(name: str) -> None:
+    """Without it, `adapt_on_progress` never raises the rate, and others say so."""
+    inner = getattr(sasa_optax, name)(0.1)
+    lookahead = optax.lookahead(inner, sync_period=4, slow_step_size=1.0)
+    optimizer = optax.with_extra_args_support(lookahead)
+    params: Any = optax.LookaheadParams.init_synced(jnp.asarray(START))
+    state: Any = optimizer.init(params)
+    extra = {"value": jnp.float32(1), "grad": params.fast, "value_fn": squares}
+    if name == "adapt_on_progress":
+        _, state = optimizer.update(params.fast, state, params, **extra)
+        assert not bool(optax.tree.get(state, "sees_loss"))
+    else:
+        with pytest.raises(ValueError, match=r"needed as the extra|needs `value_fn`"):
+            optimizer.update(params.fast, state, params, **extra)
+
+
+_PASSES_ON: dict[str, Callable[[Any], Any]] = {
+    "chain": lambda inner: optax.chain(optax.sgd(0.1), inner),
+    "named_chain": lambda inner: optax.named_chain(("it", inner)),
+    "MultiSteps": lambda inner: optax.MultiSteps(inner, every_k_schedule=1),
+    "masked": lambda inner: optax.masked(inner, {"a": True}),
+    "partition": lambda inner: optax.partition({"ours": inner}, {"a": "ours"}),
+    "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 5),
+    "inject_hyperparams": lambda inner: optax.inject_hyperparams(lambda x: inner)(1.0),
+}
+
+
+@pytest.mark.parametrize("wrapper", _PASSES_ON)
+def test_the_other_wrappers_pass_the_loss_on(wrapper: str) -> None:
+    """So it does not matter here that the optimizers make their own."""
+    seen: dict[str, Any] = {}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        seen.update(extra)
+        return updates, state
+
+    probe = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    params = {"a": jnp.ones(2)}
+    optimizer = _PASSES_ON[wrapper](probe)
+    state = optimizer.init(params)
+    extra = {"value": jnp.float32(3), "value_fn": squares}
+    jax.eval_shape(lambda: optimizer.update(params, state, params, **extra))
+    assert {"value", "value_fn"} <= set(seen)
 
 
 @_wrapped("`tree.map_params`")
@@ -158,24 +252,3 @@ def test_recovery_is_exact_after_apply_if_finite(name: str) -> None:
         (params, state.inner_state), (good[0], good[1].inner_state)
     )
     assert_as_in_a_loop((params, state.inner_state), name)
-
-
-@_wrapped("`lookahead`, around it")
-@pytest.mark.parametrize("name", ["adapt_on_progress"])
-def test_lookahead_hides_the_loss(name: str) -> None:
-    """Lookahead passes no loss on, and without a loss the scale only falls."""
-    alone = getattr(sasa_optax, name)(0.0)
-    inner = optax.chain(optax.sgd(0.1), alone)
-    params: Any = optax.LookaheadParams.init_synced(jnp.asarray(START))
-    optimizer = optax.lookahead(inner, sync_period=4, slow_step_size=1.0)
-    optimizer = optax.with_extra_args_support(optimizer)
-    state, update = started(optimizer, params)
-    scales = [1.0]
-    for noise in jax.random.normal(jax.random.key(0), (128, 2)):
-        grads = grads_at(noise, params.fast)
-        value = squares(params.fast)
-        params, state = take_step(update, grads, state, params, value=value)
-        scales.append(float(optax.tree.get(state, "scale")))
-    assert not bool(optax.tree.get(state, "sees_loss"))
-    assert np.all(np.diff(scales) <= 0)
-    assert scales[-1] < 1

@@ -420,7 +420,7 @@ def test_a_group_may_have_an_optimizer_of_its_own_or_none() -> None:
         return sum((jnp.sum(x**2) for x in params.values()), jnp.zeros(()))
 
     searching = optax.partition(optimizers | {"w": sasa_optax.ssls()}, labels)
-    with pytest.raises(TypeError, match="MaskedNode"):
+    with pytest.raises(ValueError, match="MaskedNode"):
         searching.update(params, searching.init(params), params, value_fn=value_fn)
 
 
