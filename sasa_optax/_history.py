@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COUNTS = ("num_overshoots", "num_brakes", "num_nonfinite")
+# By noise and by heavy momentum, up to half of the updates go up the gradient. In a
+# chain in the wrong order, nearly all do.
+_MIN_COMPARED, _MOST = 32, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,12 +301,34 @@ class History:
         return "learning_rate" if has_rate else "scale"
 
     def explain(self) -> str:
-        """The end of the line search, every drop and every cut, a line each."""
+        """The end of the line search, every drop and every cut, a line each.
+
+        A last line says so if most updates went up the gradient, as they do in a chain
+        in the wrong order.
+        """
         events = [*([self.switch] if self.switch else []), *self.drops, *self.cuts]
         events.sort(key=lambda event: event.step)
         is_adapting = any("num_brakes" in row for row in self.rows)
         nothing = "been cut" if is_adapting else "dropped"
-        return "\n".join(map(str, events)) or f"The rate has not {nothing}."
+        lines = list(map(str, events)) or [f"The rate has not {nothing}."]
+        return "\n".join(lines + self._ascents())
+
+    def _ascents(self) -> list[str]:
+        """A line about updates that went up the gradient, if most of them did."""
+        counts = [row.get("num_ascents", 0) for row in self.rows]
+        if not counts:
+            return []
+        # Steps that are not compared are not counted, as those after a line search.
+        steps = int(self.rows[counts.index(counts[-1])]["step"])
+        if steps < _MIN_COMPARED or counts[-1] <= _MOST * steps:
+            return []
+        return [
+            f"{counts[-1]} of the first {steps} updates went up the gradient. Is the "
+            "chain in the wrong order? `scale_by_sasa_plus`, `scale_by_ssls` and "
+            "`scale_by_salsa` come after directions such as `optax.scale_by_adam()`, "
+            "`reduce_on_stationarity` after a complete optimizer such as "
+            "`optax.adam(1e-3)`."
+        ]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as CSV, a column for each name that occurs."""

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from sasa_optax import _checks, _decay, _epochs, _stationarity, _tree, _types, _window
-from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
+from sasa_optax._controller import (
+    Controller,
+    ControllerState,
+    ExtraArgs,
+    Step,
+    count_if,
+)
 from sasa_optax._types import AxisName, DType, Numeric
 
 _SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
@@ -155,6 +161,7 @@ class _Found(NamedTuple):
 
     Attributes:
       is_good: False if f(x_k) or the slope is not finite: such a step says nothing.
+      is_ascent: whether the direction pointed up the gradient.
       is_search: whether a step size was searched for, and found.
       ratio: that step size over the rate.
       has_loss: whether f(x_k) is known, and the step a good one.
@@ -163,6 +170,7 @@ class _Found(NamedTuple):
     """
 
     is_good: jax.Array
+    is_ascent: jax.Array
     is_search: jax.Array
     ratio: jax.Array
     has_loss: jax.Array
@@ -172,7 +180,7 @@ class _Found(NamedTuple):
     @classmethod
     def nothing(cls, rate: jax.Array) -> "_Found":
         no, zero = jnp.zeros((), bool), jnp.zeros_like(rate)
-        return cls(~no, no, zero + 1, no, zero, jnp.zeros((), jnp.int32))
+        return cls(~no, no, no, zero + 1, no, zero, jnp.zeros((), jnp.int32))
 
 
 class _Objective(NamedTuple):
@@ -181,11 +189,13 @@ class _Objective(NamedTuple):
     Attributes:
       at: f(x_k - eta p) and its rounding error, as a function of the step size eta.
       slope: <g, p>, which is positive where the loss decreases; shape ().
+      is_ascent: whether <g, d> is negative for the direction d; shape (), bool.
       value: f(x_k), shape (), or None where it has to be evaluated.
     """
 
     at: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
     slope: jax.Array
+    is_ascent: jax.Array
     value: jax.Array | None
 
 
@@ -262,7 +272,11 @@ class SearchingController:
         state = self._compiled(state, found, base, rate, steps_per_loss)
         before = state.controller
         direction, updates, after = self.controller.step(
-            direction, before, params, extra, found.is_good
+            direction,
+            before,
+            params,
+            extra._replace(counts_ascents=False),
+            found.is_good,
         )
         goes_on = state.line_search_active & (after.num_drops == before.num_drops)
         state = state._replace(line_search_active=goes_on, controller=after)
@@ -315,9 +329,14 @@ class SearchingController:
 
         grad = _decay.decayed_grads(grad, decay, params)
         descent = direction if self.search.direction == "update" else grad
+        pairs = [(grad, descent)]
+        if extra.counts_ascents:
+            pairs.append((grad, direction))
+        slopes = _tree.inner_products(pairs, dtype, axis_name)
         return _Objective(
             at=at,
-            slope=_tree.inner_products([(grad, descent)], dtype, axis_name)[0],
+            slope=slopes[0],
+            is_ascent=slopes[-1] < 0,
             value=None if value is None else regularized(value, params),
         )
 
@@ -382,6 +401,7 @@ class SearchingController:
         found = jnp.where(slope > 0, found, decrease)
         return _Found(
             is_good=is_good,
+            is_ascent=objective.is_ascent,
             is_search=is_due & is_good,
             ratio=jnp.where(is_due & is_good, found, 1),
             has_loss=is_good & (is_due | (known is not None)),
@@ -402,7 +422,8 @@ class SearchingController:
         scale = self.search.smoothed(rate, found.ratio) / base
         old = state.controller.scale
         controller = state.controller._replace(
-            scale=jnp.where(found.is_search, scale, old)
+            scale=jnp.where(found.is_search, scale, old),
+            num_ascents=count_if(found.is_ascent, state.controller.num_ascents),
         )
         step_size = jnp.where(found.is_search, found.ratio * rate, state.step_size)
         state = state._replace(

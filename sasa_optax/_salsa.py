@@ -35,9 +35,10 @@ def scale_by_ssls(
     r"""Applies a learning rate found by a smoothed stochastic line search.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be:
-    it applies the rate and the minus sign. At every step it looks for a step size that
-    satisfies Armijo's condition on the mini-batch at hand, moves the rate a little way
-    towards it, and makes the step with that rate. `LineSearch` has the equations.
+    it applies the rate and the minus sign. After ``optax.adam(lr)``, which has applied
+    both, it goes up the gradient. At every step it looks for a step size that satisfies
+    Armijo's condition on the mini-batch at hand, moves the rate a little way towards
+    it, and makes the step with that rate. `LineSearch` has the equations.
 
     Args:
       learning_rate: where to start, a positive number or scalar array: small, as the
@@ -177,7 +178,8 @@ def scale_by_salsa(
     r"""Applies a learning rate that is first searched for, and then drops.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be.
-    It starts as `scale_by_ssls`, and keeps the mini-batches' losses :math:`f(x_k)` in a
+    After ``optax.adam(lr)`` it goes up the gradient, as `scale_by_ssls` does. It starts
+    as `scale_by_ssls`, and keeps the mini-batches' losses :math:`f(x_k)` in a
     window. Another window keeps the samples of `scale_by_sasa_plus`. The search ends
     for good when
 

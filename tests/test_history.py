@@ -26,6 +26,7 @@ _KEYS = {
     "num_drops",
     "last_drop",
     "num_nonfinite",
+    "num_ascents",
     "test_step",
     "test_mean",
     "test_lower",
