@@ -1,6 +1,7 @@
 """An average over the newest iterates: a good model at every moment."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +71,21 @@ def push(
     averaged = jax.tree.map(moved, state.averaged, jax.lax.stop_gradient(new_params))
     num_averaged = jnp.asarray(optax.safe_increment(state.num_averaged))
     return AverageState(num_averaged, averaged)
+
+
+def returned(
+    returns: jax.Array,
+    updates: optax.Updates,
+    params: optax.Params,
+    averaged: optax.Params,
+) -> optax.Updates:
+    """The updates, or the way to the average where ``returns`` is true."""
+
+    def choose(u: jax.Array, x: Numeric, c: jax.Array) -> jax.Array:
+        back = c - jnp.asarray(x).astype(c.dtype)
+        return jnp.where(returns, back.astype(u.dtype), u)
+
+    return jax.tree.map(choose, updates, params, averaged)
 
 
 def checked_dtype(dtype: DType | None) -> jnp.dtype | None:
@@ -169,6 +185,43 @@ def maybe_averaged(
     if not average:
         return optimizer
     return optax.chain(optimizer, average_iterates(leak_ratio))
+
+
+def returning(
+    optimizer: _types.Optimizer,
+    is_lost: Callable[[Any], jax.Array],
+    average: bool,
+    leak_ratio: Numeric,
+) -> _types.Optimizer:
+    """As `maybe_averaged`, and the parameters return to the average from a lost step.
+
+    An iterate enters the average a step later than in `average_iterates`, when it is
+    known not to be lost. Otherwise a leap out of the domain of the loss would spoil the
+    average that it is to return to.
+    """
+    if not average:
+        return maybe_averaged(optimizer, average, leak_ratio)
+
+    def init(params: optax.Params) -> tuple[Any, AverageState]:
+        return optimizer.init(params), start(params)
+
+    def update(
+        updates: optax.Updates,
+        state: tuple[Any, AverageState],
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, tuple[Any, AverageState]]:
+        _checks.state(state[-1], AverageState)
+        inner, average = state
+        updates, inner = optimizer.update(updates, inner, params, **extra_args)
+        params = _checks.params(params)
+        returns = is_lost(inner)
+        of_this = weight(average, leak_ratio, dtype=_tree.statistic_dtype(params))
+        average = push(average, params, jnp.where(returns, 0, of_this))
+        updates = returned(returns, updates, params, average.averaged)
+        return updates, (inner, average)
+
+    return _types.transformation(init, update)
 
 
 def _averages(opt_state: Any) -> list[optax.Params]:

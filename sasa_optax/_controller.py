@@ -104,8 +104,8 @@ class RateController(Protocol):
         """
         ...
 
-    def has_just_dropped(self, state: Any) -> jax.Array:
-        """Whether the newest step cut the rate, shape (), bool."""
+    def restarts_momentum(self, state: Any) -> jax.Array:
+        """Whether momentum begins anew after the newest step, shape (), bool."""
         ...
 
 
@@ -208,7 +208,7 @@ class Controller:
             statistic=statistic,
         )
 
-    def has_just_dropped(self, state: ControllerState) -> jax.Array:
+    def restarts_momentum(self, state: ControllerState) -> jax.Array:
         return (state.last_drop == state.step) & (state.step > 0)
 
     def step(

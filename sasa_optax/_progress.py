@@ -65,7 +65,7 @@ def step(
 
     def moved(updates: Any, params: Any, centre: Any) -> tuple[Any, Any]:
         if returns is not None:
-            updates = _returned(returns, updates, params, centre)
+            updates = _average.returned(returns, updates, params, centre)
         # XLA merges this with the caller's own computation of the same.
         return updates, optax.apply_updates(params, updates)
 
@@ -108,21 +108,6 @@ def _scaled(scale: jax.Array, updates: optax.Updates) -> optax.Updates:
         return _tree.scale(scale, u) if is_inexact else u
 
     return jax.tree.map(multiply, updates)
-
-
-def _returned(
-    returns: jax.Array,
-    updates: optax.Updates,
-    params: optax.Params,
-    centre: optax.Params,
-) -> optax.Updates:
-    """The updates, or the way to the average where ``returns`` is true."""
-
-    def choose(u: jax.Array, x: Numeric, c: jax.Array) -> jax.Array:
-        back = c - jnp.asarray(x).astype(c.dtype)
-        return jnp.where(returns, back.astype(u.dtype), u)
-
-    return jax.tree.map(choose, updates, params, centre)
 
 
 def _measured(

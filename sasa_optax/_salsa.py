@@ -11,7 +11,7 @@ See `Zhang et al., 2020 <https://arxiv.org/abs/2002.10597>`_.
 import jax
 
 from sasa_optax import _types
-from sasa_optax._average import maybe_averaged
+from sasa_optax._average import returning
 from sasa_optax._controller import Controller, as_transformation
 from sasa_optax._line_search import LineSearch, searching
 from sasa_optax._momentum import with_momentum
@@ -224,7 +224,7 @@ def scale_by_salsa(
         axis_name=axis_name,
     )
     optimizer = as_transformation(searching(controller, search, steps_per_epoch))
-    return maybe_averaged(optimizer, average, window.leak_ratio)
+    return returning(optimizer, lambda state: state.is_lost, average, window.leak_ratio)
 
 
 @names_moved_keywords
@@ -292,4 +292,6 @@ def salsa(
     )
     searched = searching(controller, search, steps_per_epoch)
     optimizer = with_momentum(searched, momentum, nu, weight_decay)
-    return maybe_averaged(optimizer, average, window.leak_ratio)
+    return returning(
+        optimizer, lambda state: state.controller.is_lost, average, window.leak_ratio
+    )
