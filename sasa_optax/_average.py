@@ -178,29 +178,35 @@ def average_iterates(
 
 
 def maybe_averaged(
-    optimizer: _types.Optimizer, average: bool, leak_ratio: Numeric
+    optimizer: _types.Optimizer,
+    average: bool,
+    leak_ratio: Numeric,
+    is_lost: Callable[[Any], jax.Array] | None = None,
 ) -> _types.Optimizer:
-    """The optimizer, with `average_iterates` after it if ``average`` is true."""
+    """The optimizer, with `average_iterates` after it if ``average`` is true.
+
+    With ``is_lost``, a function of the optimizer's state, the parameters return to
+    their average at a lost step.
+    """
     _checks.boolean("average", average)
     if not average:
         return optimizer
-    return optax.chain(optimizer, average_iterates(leak_ratio))
+    if is_lost is None:
+        return optax.chain(optimizer, average_iterates(leak_ratio))
+    return _returning(optimizer, leak_ratio, is_lost)
 
 
-def returning(
+def _returning(
     optimizer: _types.Optimizer,
-    is_lost: Callable[[Any], jax.Array],
-    average: bool,
     leak_ratio: Numeric,
+    is_lost: Callable[[Any], jax.Array],
 ) -> _types.Optimizer:
-    """As `maybe_averaged`, and the parameters return to the average from a lost step.
+    """An optimizer with an average, to which the parameters return at a lost step.
 
     An iterate enters the average a step later than in `average_iterates`, when it is
     known not to be lost. Otherwise a leap out of the domain of the loss would spoil the
     average that it is to return to.
     """
-    if not average:
-        return maybe_averaged(optimizer, average, leak_ratio)
 
     def init(params: optax.Params) -> tuple[Any, AverageState]:
         return optimizer.init(params), start(params)

@@ -11,7 +11,7 @@ See `Zhang et al., 2020 <https://arxiv.org/abs/2002.10597>`_.
 import jax
 
 from sasa_optax import _types
-from sasa_optax._average import returning
+from sasa_optax._average import maybe_averaged
 from sasa_optax._controller import Controller, as_transformation
 from sasa_optax._line_search import LineSearch, searching
 from sasa_optax._momentum import with_momentum
@@ -66,8 +66,8 @@ def scale_by_ssls(
         loss that was differentiated is exactly ``value_fn``, which is not so with
         dropout or batch norm.
 
-      A trial whose loss is not finite fails. If f(x_k) or the gradient is not finite,
-      the rate stays.
+      A trial whose loss is not finite fails. If f(x_k) is not finite, the rate is
+      multiplied by ``decrease_factor``. If only the gradient is not, the rate stays.
 
     Raises:
       ValueError: if an argument is out of range, if ``params``, ``value_fn`` or
@@ -193,7 +193,11 @@ def scale_by_salsa(
       steps_per_epoch: the number of steps in an epoch. It sets what ``window`` and
         ``search`` do not give. Default None.
       learning_rate, search: see `scale_by_ssls`.
-      average: see `scale_by_sasa_plus`. Default True.
+      average: whether to keep an average of the iterates, as `average_iterates` over
+        the newest 1/leak_ratio of them does, for `averaged_params`. Each iterate enters
+        a step later than there, once its loss is known to be finite. Where the loss,
+        the gradient or the sample is not finite, the parameters return to the average.
+        All other updates do not change. Default True.
       factor, min_learning_rate, statistic, test, window, axis_name: see
         `scale_by_sasa_plus`.
 
@@ -201,7 +205,12 @@ def scale_by_salsa(
       An `optax.GradientTransformationExtraArgs`. Its state is the pair of a
       `LineSearchState` and an `AverageState`, or the first alone with
       ``average=False``. Its ``update`` takes what that of `scale_by_ssls` takes. Where
-      the loss or the gradient is not finite, nothing is recorded, and the rate stays.
+      the loss or the gradient is not finite, nothing is recorded. During the search the
+      rate then moves as in `scale_by_ssls`; afterwards it stays.
+
+      Gradients that are not finite spoil the state of most directions for good, and the
+      parameters then stay at their average. Keep them out with
+      ``optax.apply_if_finite(optax.scale_by_adam(), 100)``, and the training goes on.
 
     Raises:
       ValueError: as `scale_by_ssls`.
@@ -224,7 +233,9 @@ def scale_by_salsa(
         axis_name=axis_name,
     )
     optimizer = as_transformation(searching(controller, search, steps_per_epoch))
-    return returning(optimizer, lambda state: state.is_lost, average, window.leak_ratio)
+    return maybe_averaged(
+        optimizer, average, window.leak_ratio, lambda state: state.is_lost
+    )
 
 
 @names_moved_keywords
@@ -292,6 +303,6 @@ def salsa(
     )
     searched = searching(controller, search, steps_per_epoch)
     optimizer = with_momentum(searched, momentum, nu, weight_decay)
-    return returning(
-        optimizer, lambda state: state.controller.is_lost, average, window.leak_ratio
+    return maybe_averaged(
+        optimizer, average, window.leak_ratio, lambda state: state.controller.is_lost
     )

@@ -56,7 +56,8 @@ def assert_untouched(
     step, num_nonfinite = new.controller.step, new.controller.num_nonfinite
     assert int(step) == int(old.controller.step) + 1
     assert int(num_nonfinite) == int(old.controller.num_nonfinite) + 1
-    factor = 0.5 if falls else 1.0
+    factor, rate = 0.5 if falls else 1.0, old.controller.learning_rate
+    assert rate is not None
     unmoved = old._replace(
         is_lost=np.True_,
         num_evaluations=old.num_evaluations + num_evaluations,
@@ -64,7 +65,7 @@ def assert_untouched(
             step=step,
             num_nonfinite=num_nonfinite,
             scale=old.controller.scale * factor,
-            learning_rate=old.controller.learning_rate * factor,
+            learning_rate=rate * factor,
         ),
     )
     # The slot that is written next may hold anything that is finite.
