@@ -1,6 +1,7 @@
 """An average over the newest iterates: a good model at every moment."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,20 @@ def offset(params: optax.Params, averaged: optax.Params) -> optax.Params:
         return jnp.asarray(x).astype(c.dtype) - c
 
     return jax.tree.map(from_average, params, averaged)
+
+
+def returned(
+    returns: jax.Array,
+    updates: optax.Updates,
+    params: optax.Params,
+    averaged: optax.Params,
+) -> optax.Updates:
+    """The updates, or the way to the average where ``returns`` is true."""
+
+    def choose(u: jax.Array, from_average: jax.Array) -> jax.Array:
+        return jnp.where(returns, (-from_average).astype(u.dtype), u)
+
+    return jax.tree.map(choose, updates, offset(params, averaged))
 
 
 def checked_dtype(dtype: DType | None) -> jnp.dtype | None:
@@ -176,13 +191,56 @@ def average_iterates(
 
 
 def maybe_averaged(
-    optimizer: _types.Optimizer, average: bool, leak_ratio: Numeric
+    optimizer: _types.Optimizer,
+    average: bool,
+    leak_ratio: Numeric,
+    is_lost: Callable[[Any], jax.Array] | None = None,
 ) -> _types.Optimizer:
-    """The optimizer, with `average_iterates` after it if ``average`` is true."""
+    """The optimizer, with `average_iterates` after it if ``average`` is true.
+
+    With ``is_lost``, a function of the optimizer's state, the parameters return to
+    their average at a lost step.
+    """
     _checks.boolean("average", average)
     if not average:
         return optimizer
-    return optax.chain(optimizer, average_iterates(leak_ratio))
+    if is_lost is None:
+        return optax.chain(optimizer, average_iterates(leak_ratio))
+    return _returning(optimizer, leak_ratio, is_lost)
+
+
+def _returning(
+    optimizer: _types.Optimizer,
+    leak_ratio: Numeric,
+    is_lost: Callable[[Any], jax.Array],
+) -> _types.Optimizer:
+    """An optimizer with an average, to which the parameters return at a lost step.
+
+    An iterate enters the average a step later than in `average_iterates`, when it is
+    known not to be lost. Otherwise a leap out of the domain of the loss would spoil the
+    average that it is to return to.
+    """
+
+    def init(params: optax.Params) -> tuple[Any, AverageState]:
+        return optimizer.init(params), start(params)
+
+    def update(
+        updates: optax.Updates,
+        state: tuple[Any, AverageState],
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, tuple[Any, AverageState]]:
+        _checks.state(state[-1], AverageState)
+        inner, average = state
+        updates, inner = optimizer.update(updates, inner, params, **extra_args)
+        params = _checks.params(params)
+        returns = is_lost(inner)
+        of_this = weight(average, leak_ratio, dtype=_tree.statistic_dtype(params))
+        average = push(average, params, jnp.where(returns, 0, of_this))
+        updates = returned(returns, updates, params, average.averaged)
+        return updates, (inner, average)
+
+    return _types.transformation(init, update)
 
 
 def _averages(opt_state: Any) -> list[optax.Params]:

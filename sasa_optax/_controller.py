@@ -36,6 +36,11 @@ class ControllerState(NamedTuple):
       num_drops: how often the rate was cut, shape (), int32.
       last_drop: the step of the newest drop, 0 before the first; shape (), int32.
       num_nonfinite: samples left out because they were not finite, shape (), int32.
+      num_ascents: steps whose direction d pointed up the gradient g, so that
+        <d, g> < 0; shape (), int32. They are counted behind other transformations,
+        where ``update`` is given ``grad``; under a line search until that has ended.
+        Noise makes a few of most steps, a chain in the wrong order makes most steps
+        ascents.
       last_test: the newest `TestResult`. Its ``at_step`` is 0 before the first.
       next_test: the step of the next test, at the earliest: a sample that is left out
         delays it. Shape (), int32; None for `ssls`, which has no test.
@@ -52,6 +57,7 @@ class ControllerState(NamedTuple):
     num_drops: jax.Array
     last_drop: jax.Array
     num_nonfinite: jax.Array
+    num_ascents: jax.Array
     last_test: _stationarity.TestResult
     next_test: jax.Array | None
     window: _window.WindowState | None
@@ -66,15 +72,23 @@ class ExtraArgs(NamedTuple):
       value: the loss of the mini-batch, or None.
       weight_decay: the coupled decay that the direction contains.
       others: all other extra arguments.
+      counts_ascents: whether the direction may be a wrong one, to be compared with
+        ``grad``.
     """
 
     grad: optax.Updates | None
     value: Numeric | None
     weight_decay: Numeric
     others: dict[str, Any]
+    counts_ascents: bool = False
 
 
 Step = tuple[optax.Updates, optax.Updates, Any]
+
+
+def count_if(happened: jax.Array, count: jax.Array) -> jax.Array:
+    """The count, one higher if it happened; it stays at the end of int32."""
+    return jnp.where(happened, optax.safe_increment(count), count)
 
 
 class RateController(Protocol):
@@ -94,8 +108,8 @@ class RateController(Protocol):
         """
         ...
 
-    def has_just_dropped(self, state: Any) -> jax.Array:
-        """Whether the newest step cut the rate, shape (), bool."""
+    def restarts_momentum(self, state: Any) -> jax.Array:
+        """Whether momentum begins anew after the newest step, shape (), bool."""
         ...
 
 
@@ -125,7 +139,8 @@ def as_transformation(
     ) -> tuple[optax.Updates, Any]:
         _checks.state(state, controller.state_type)
         direction = _tree.scale(-1.0, updates) if scales_updates else updates
-        extra = ExtraArgs(_masked_as(updates, grad), value, 0.0, others)
+        grad = _masked_as(updates, grad)
+        extra = ExtraArgs(grad, value, 0.0, others, counts_ascents=grad is not None)
         params = _checks.params(params)
         _, updates, state = controller.step(direction, state, params, extra)
         return updates, shown(state)
@@ -206,13 +221,14 @@ class Controller:
             num_drops=jnp.copy(zero),
             last_drop=jnp.copy(zero),
             num_nonfinite=jnp.copy(zero),
+            num_ascents=jnp.copy(zero),
             last_test=_stationarity.no_result(dtype),
             next_test=next_test,
             window=window,
             statistic=statistic,
         )
 
-    def has_just_dropped(self, state: ControllerState) -> jax.Array:
+    def restarts_momentum(self, state: ControllerState) -> jax.Array:
         return (state.last_drop == state.step) & (state.step > 0)
 
     def step(
@@ -227,10 +243,7 @@ class Controller:
         base, rate = self.rates(state)
         row = jnp.zeros((0,), state.scale.dtype)
         if self.test is not None:
-            direction, row, statistic = self._sample(
-                direction, state, params, extra, rate
-            )
-            state = state._replace(statistic=statistic)
+            direction, row, state = self._sample(direction, state, params, extra, rate)
         updates = _tree.scale(-rate, direction)
         return direction, updates, self._compiled(state, row, is_good, base, rate)
 
@@ -241,8 +254,8 @@ class Controller:
         params: optax.Params,
         extra: ExtraArgs,
         rate: jax.Array,
-    ) -> tuple[optax.Updates, jax.Array, Any]:
-        """The direction to keep, the sample as a row, and the statistic's state."""
+    ) -> tuple[optax.Updates, jax.Array, ControllerState]:
+        """The direction to keep, the sample as a row, and what is remembered of it."""
         recorded, dtype = self.statistic, rate.dtype
         assert recorded is not None
         expected = jax.tree.leaves(jax.eval_shape(recorded.init, params))
@@ -267,7 +280,9 @@ class Controller:
 
         def products(direction: Any, others: Any) -> _cpu_schedule.Rows:
             params, grad, own = others
-            pairs = recorded.pairs(transition(direction, params, grad), own)
+            pairs = list(recorded.pairs(transition(direction, params, grad), own))
+            if extra.counts_ascents:
+                pairs.append((direction, grad))
             return _products.leaf_products(pairs, dtype, self.axis_name)
 
         others = params, extra.grad, state.statistic
@@ -275,6 +290,9 @@ class Controller:
             direction, others, products, state.step, dtype
         )
         found = list(map(_products.total, rows))
+        if extra.counts_ascents:
+            num_ascents = count_if(found.pop() < 0, state.num_ascents)
+            state = state._replace(num_ascents=num_ascents)
         whole = transition(direction, params, extra.grad)
         sample, statistic = recorded.sample(found, whole, state.statistic)
         if not isinstance(sample, Sample):
@@ -283,7 +301,8 @@ class Controller:
             )
         value = _checks.scalar("Sample.value", sample.value, dtype)
         scale = _checks.scalar("Sample.scale", sample.scale, dtype)
-        return direction, jnp.stack([value, scale]), statistic
+        row = jnp.stack([value, scale])
+        return direction, row, state._replace(statistic=statistic)
 
     def _advance(
         self,
@@ -296,10 +315,9 @@ class Controller:
         """Puts a sample into the window; a test and a drop may follow."""
         row = jax.lax.stop_gradient(row)
         is_good &= jnp.all(jnp.isfinite(row))
-        counted = optax.safe_increment(state.num_nonfinite)
         state = state._replace(
             step=optax.safe_increment(state.step),
-            num_nonfinite=jnp.where(is_good, state.num_nonfinite, counted),
+            num_nonfinite=count_if(~is_good, state.num_nonfinite),
         )
         if state.window is not None:
             self.window.check(state.window)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COUNTS = ("num_overshoots", "num_brakes", "num_nonfinite")
+# By noise and by heavy momentum, up to half of the updates go up the gradient. In a
+# chain in the wrong order, nearly all do.
+_MIN_COMPARED, _MOST = 32, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,16 +315,35 @@ class History:
         """The end of the line search, every drop and every cut, a line each.
 
         Where a test decides, the last line says why the newest one made no drop, and
-        when the next can run.
+        when the next can run. A line says so if most updates went up the gradient, as
+        they do in a chain in the wrong order.
         """
         events = [*([self.switch] if self.switch else []), *self.drops, *self.cuts]
         events.sort(key=lambda event: event.step)
         is_adapting = any("num_brakes" in row for row in self.rows)
         nothing = "been cut" if is_adapting else "dropped"
         lines = [*map(str, events)] or [f"The rate has not {nothing}."]
+        lines += self._ascents()
         if self.rows and "next_test" in self.rows[-1]:
             lines += [_since_the_drop(self.rows[-1])]
         return "\n".join(lines)
+
+    def _ascents(self) -> list[str]:
+        """A line about updates that went up the gradient, if most of them did."""
+        counts = [row.get("num_ascents", 0) for row in self.rows]
+        if not counts:
+            return []
+        # Steps that are not compared are not counted, as those after a line search.
+        steps = int(self.rows[counts.index(counts[-1])]["step"])
+        if steps < _MIN_COMPARED or counts[-1] <= _MOST * steps:
+            return []
+        return [
+            f"{counts[-1]} of the first {steps} updates went up the gradient. Is the "
+            "chain in the wrong order? `scale_by_sasa_plus`, `scale_by_ssls` and "
+            "`scale_by_salsa` come after directions such as `optax.scale_by_adam()`, "
+            "`reduce_on_stationarity` after a complete optimizer such as "
+            "`optax.adam(1e-3)`."
+        ]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as CSV, a column for each name that occurs."""

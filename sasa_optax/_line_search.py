@@ -23,10 +23,22 @@ from sasa_optax import (
     _types,
     _window,
 )
-from sasa_optax._controller import Controller, ControllerState, ExtraArgs, Step
+from sasa_optax._controller import (
+    Controller,
+    ControllerState,
+    ExtraArgs,
+    Step,
+    count_if,
+)
 from sasa_optax._types import AxisName, DType, Numeric
 
-_SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
+# Where the loss falls without end, as on separable data, every trial is accepted. The
+# direction of Adam shrinks meanwhile, and the rate makes up for it. When the direction
+# has its usual size again, the step would be enormous.
+_DEFAULTS = {
+    "gradient": {"sufficient_decrease": 0.05},
+    "update": {"sufficient_decrease": 0.45, "max_learning_rate": 0.1},
+}
 
 _CALL = (
     "`updates, state = optimizer.update(grads, state, params, grad=grads, "
@@ -56,7 +68,8 @@ class LineSearch:
     ``decrease_factor`` after each of at most ``max_trials`` failures. Where p is no
     descent direction, it takes ``decrease_factor`` times the rate. The rate then moves
     towards the result, :math:`\alpha \leftarrow (1 - \gamma)\,\alpha + \gamma\,\eta`,
-    so many mini-batches vote on it and none decides.
+    so many mini-batches vote on it and none decides. Where :math:`f(x_k)` is not
+    finite, the rate is multiplied by ``decrease_factor`` at once.
 
     Attributes:
       smoothing: gamma, in (0, 1]. Default None: 0.1, or :math:`1/\sqrt{S}` for S
@@ -76,7 +89,10 @@ class LineSearch:
       interval: steps between searches, at least 1; gamma is compounded to
         :math:`1 - (1 - \gamma)^m`. Between searches `salsa` records a loss if ``value``
         is given; if not, each recorded loss counts for this many. Default 1.
-      max_learning_rate: the highest rate. Default None: there is no bound.
+      max_learning_rate: the highest rate, in (0, inf). Default None: there is no bound
+        along the gradient, and along an update it is 0.1. That is high for a direction
+        with entries of about one, such as Adam's. For directions of another scale,
+        such as those of momentum or of L-BFGS, give a higher one.
       batch_axis_name: the axis of `jax.pmap` or `jax.shard_map`, or a tuple of them,
         over which the examples of a mini-batch are spread, so that each device has a
         loss of its own. The search averages the losses over it, and all devices find
@@ -106,7 +122,7 @@ class LineSearch:
     loss_test: _stationarity.SlopeTest = _stationarity.SlopeTest()
 
     def __post_init__(self) -> None:
-        _checks.choice("direction", self.direction, _SUFFICIENT_DECREASE)
+        _checks.choice("direction", self.direction, _DEFAULTS)
         _checks.axis_name(self.batch_axis_name, "batch_axis_name")
         _checks.instance("loss_test", self.loss_test, _stationarity.SlopeTest)
         _checks.fields(
@@ -125,22 +141,23 @@ class LineSearch:
         return _types.with_defaults(
             self,
             smoothing=_epochs.defaults(steps_per_epoch).smoothing,
-            sufficient_decrease=_SUFFICIENT_DECREASE[self.direction],
+            **_DEFAULTS[self.direction],
         )
 
     def smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
-        """(1 - gamma) * rate + gamma * ratio * rate, within its bounds."""
+        """(1 - gamma) * rate + gamma * ratio * rate, within the bounds of the rate."""
         dtype = rate.dtype
         interval = jnp.asarray(self.interval, dtype)
         # gamma is compounded, as a search stands for the steps until the next.
         kept = (1 - jnp.asarray(self.smoothing, dtype)) ** interval
+        return self.bounded(kept * rate + (1 - kept) * ratio * rate)
+
+    def bounded(self, rate: jax.Array) -> jax.Array:
         # Neither the rate nor its square may overflow or vanish.
-        largest = float(jnp.finfo(dtype).max) ** 0.5
+        largest = float(jnp.finfo(rate.dtype).max) ** 0.5
         most = largest if self.max_learning_rate is None else self.max_learning_rate
-        smoothed = kept * rate + (1 - kept) * ratio * rate
-        return jnp.clip(
-            smoothed, jnp.asarray(1 / largest, dtype), jnp.asarray(most, dtype)
-        )
+        least, most = (jnp.asarray(x, rate.dtype) for x in (1 / largest, most))
+        return jnp.clip(rate, least, most)
 
 
 class LineSearchState(NamedTuple):
@@ -148,6 +165,8 @@ class LineSearchState(NamedTuple):
 
     Attributes:
       line_search_active: whether the search goes on, shape (), bool.
+      is_lost: whether the loss, the gradient or the sample of the newest step was not
+        finite; shape (), bool.
       step_size: eta, what the newest search found on its mini-batch, before smoothing;
         shape (), float32, or float64 where a parameter is.
       num_evaluations: evaluations of ``value_fn`` since the start; shape (), int32.
@@ -158,6 +177,7 @@ class LineSearchState(NamedTuple):
     """
 
     line_search_active: jax.Array
+    is_lost: jax.Array
     step_size: jax.Array
     num_evaluations: jax.Array
     losses: _window.WindowState | None
@@ -170,6 +190,8 @@ class _Found(NamedTuple):
 
     Attributes:
       is_good: False if f(x_k) or the slope is not finite: such a step says nothing.
+      is_ascent: whether the direction pointed up the gradient.
+      is_lost: whether f(x_k) is known, and not finite.
       is_search: whether a step size was searched for, and found.
       ratio: that step size over the rate.
       has_loss: whether f(x_k) is known, and the step a good one.
@@ -178,6 +200,8 @@ class _Found(NamedTuple):
     """
 
     is_good: jax.Array
+    is_ascent: jax.Array
+    is_lost: jax.Array
     is_search: jax.Array
     ratio: jax.Array
     has_loss: jax.Array
@@ -187,7 +211,7 @@ class _Found(NamedTuple):
     @classmethod
     def nothing(cls, rate: jax.Array) -> "_Found":
         no, zero = jnp.zeros((), bool), jnp.zeros_like(rate)
-        return cls(~no, no, zero + 1, no, zero, jnp.zeros((), jnp.int32))
+        return cls(~no, no, no, no, zero + 1, no, zero, jnp.zeros((), jnp.int32))
 
 
 class _Objective(NamedTuple):
@@ -196,11 +220,13 @@ class _Objective(NamedTuple):
     Attributes:
       at: f(x_k - eta p) and its rounding error, as a function of the step size eta.
       slope: <g, p>, which is positive where the loss decreases; shape ().
+      is_ascent: whether <g, d> is negative for the direction d; shape (), bool.
       value: f(x_k), shape (), or None where it has to be evaluated.
     """
 
     at: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
     slope: jax.Array
+    is_ascent: jax.Array
     value: jax.Array | None
 
 
@@ -260,6 +286,7 @@ class SearchingController:
         losses = _window.empty(1, self.controller.window.max_window, dtype)
         return LineSearchState(
             line_search_active=jnp.ones((), bool),
+            is_lost=jnp.zeros((), bool),
             step_size=jnp.zeros((), dtype),
             num_evaluations=jnp.zeros((), jnp.int32),
             losses=losses if ends else None,
@@ -267,8 +294,8 @@ class SearchingController:
             controller=controller,
         )
 
-    def has_just_dropped(self, state: LineSearchState) -> jax.Array:
-        return self.controller.has_just_dropped(state.controller)
+    def restarts_momentum(self, state: LineSearchState) -> jax.Array:
+        return state.is_lost | self.controller.restarts_momentum(state.controller)
 
     def step(
         self,
@@ -290,10 +317,18 @@ class SearchingController:
         state = self._compiled(state, found, base, rate, steps_per_loss)
         before = state.controller
         direction, updates, after = self.controller.step(
-            direction, before, params, extra, found.is_good
+            direction,
+            before,
+            params,
+            extra._replace(counts_ascents=False),
+            found.is_good,
         )
         goes_on = state.line_search_active & (after.num_drops == before.num_drops)
-        state = state._replace(line_search_active=goes_on, controller=after)
+        state = state._replace(
+            line_search_active=goes_on,
+            is_lost=after.num_nonfinite > before.num_nonfinite,
+            controller=after,
+        )
         return direction, updates, state
 
     def _checked(self, extra: ExtraArgs) -> ExtraArgs:
@@ -336,16 +371,24 @@ class SearchingController:
             return jax.lax.stop_gradient(loss.astype(dtype) + penalty)
 
         def at(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
-            new = optax.apply_updates(params, _tree.scale(-step_size, descent))
+            # Zero times what is not finite would hide f(x_k).
+            moves = step_size > 0
+            along = jax.tree.map(lambda p: jnp.where(moves, p, 0), descent)
+            new = optax.apply_updates(params, _tree.scale(-step_size, along))
             loss = _evaluated(value_fn, new, own_arguments)
             rounding = float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)
             return regularized(loss, new), rounding.astype(dtype)
 
         grad = _decay.decayed_grads(grad, decay, params)
         descent = direction if self.search.direction == "update" else grad
+        pairs = [(grad, descent)]
+        if extra.counts_ascents:
+            pairs.append((grad, direction))
+        slopes = _products.inner_products(pairs, dtype, axis_name)
         return _Objective(
             at=at,
-            slope=_products.inner_products([(grad, descent)], dtype, axis_name)[0],
+            slope=slopes[0],
+            is_ascent=slopes[-1] < 0,
             value=None if value is None else regularized(value, params),
         )
 
@@ -375,19 +418,20 @@ class SearchingController:
         increase = jnp.asarray(self.search.increase_factor, dtype)
         decrease = jnp.asarray(self.search.decrease_factor, dtype)
         required = jnp.asarray(self.search.sufficient_decrease, dtype)
+        is_descent = jnp.isfinite(slope) & (slope > 0)
 
         def ratio(trial: jax.Array) -> jax.Array:
             return increase * decrease ** (trial - 1).astype(dtype)
 
         def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
-            trial, _, is_good, accepted = carry
+            trial, _, is_known, accepted = carry
             is_left = trial <= jnp.asarray(self.search.max_trials, jnp.int32)
             return is_due & (
-                (trial == 0) | (is_good & (slope > 0) & is_left & ~accepted)
+                (trial == 0) | (is_known & is_descent & is_left & ~accepted)
             )
 
         def one_pass(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            trial, start, is_good, _ = carry
+            trial, start, is_known, _ = carry
             is_start = trial == 0
             step_size = jnp.where(is_start, 0, ratio(trial) * rate)
             loss, rounding = objective.at(step_size)
@@ -396,20 +440,23 @@ class SearchingController:
             bound = start - required * step_size * slope + rounding
             accepted = ~is_start & is_finite & (loss <= bound)
             start = jnp.where(is_start & is_finite, loss, start)
-            return trial + 1, start, is_good & (is_finite | ~is_start), accepted
+            return trial + 1, start, is_known & (is_finite | ~is_start), accepted
 
         loss = jnp.zeros((), dtype) if known is None else known
         first = jnp.asarray(0 if known is None else 1, jnp.int32)
-        is_good = jnp.isfinite(slope) & jnp.isfinite(loss)
-        start = jnp.where(is_good, loss, 0)
-        trial, start, is_good, accepted = jax.lax.while_loop(
-            goes_on, one_pass, (first, start, is_good, jnp.zeros((), bool))
+        is_known = jnp.isfinite(loss)
+        start = jnp.where(is_known, loss, 0)
+        trial, start, is_known, accepted = jax.lax.while_loop(
+            goes_on, one_pass, (first, start, is_known, jnp.zeros((), bool))
         )
+        is_good = is_known & jnp.isfinite(slope)
         # An accepted trial was the pass before. Otherwise the next is taken untried.
         found = ratio(jnp.where(accepted, trial - 1, trial))
-        found = jnp.where(slope > 0, found, decrease)
+        found = jnp.where(is_descent, found, decrease)
         return _Found(
             is_good=is_good,
+            is_ascent=objective.is_ascent,
+            is_lost=~is_known,
             is_search=is_due & is_good,
             ratio=jnp.where(is_due & is_good, found, 1),
             has_loss=is_good & (is_due | (known is not None)),
@@ -427,10 +474,13 @@ class SearchingController:
     ) -> LineSearchState:
         """Moves the rate towards the step size found, and judges the losses."""
         count = state.num_evaluations + found.num_evaluations
-        scale = self.search.smoothed(rate, found.ratio) / base
-        old = state.controller.scale
+        moved = self.search.smoothed(rate, found.ratio) / base
+        scale = jnp.where(found.is_search, moved, state.controller.scale)
+        decrease = jnp.asarray(self.search.decrease_factor, rate.dtype)
+        fallen = self.search.bounded(decrease * rate) / base
         controller = state.controller._replace(
-            scale=jnp.where(found.is_search, scale, old)
+            scale=jnp.where(found.is_lost, fallen, scale),
+            num_ascents=count_if(found.is_ascent, state.controller.num_ascents),
         )
         step_size = jnp.where(found.is_search, found.ratio * rate, state.step_size)
         state = state._replace(

@@ -14,7 +14,7 @@ from sasa_optax._stationarity import Reason, TestResult
 _Reporting = ControllerState | LineSearchState | AdaptOnProgressState | ProgressState
 
 _CONTROLLER = ("step", "learning_rate", "scale", "num_drops", "last_drop")
-_CONTROLLER += ("num_nonfinite", "next_test")
+_CONTROLLER += ("num_nonfinite", "num_ascents", "next_test")
 _SEARCH = ("line_search_active", "step_size", "num_evaluations")
 _ADAPTING = ("scale", "target", "sees_loss", "num_overshoots", "num_brakes")
 _ADAPTING += ("num_nonfinite", "last_cut", "ceiling")
@@ -78,12 +78,12 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
 
     Returns:
       A controller gives ``step``, ``learning_rate``, ``scale``, ``num_drops``,
-      ``last_drop``, ``num_nonfinite``, ``next_test``, and the newest `TestResult` as
-      ``test_step``, ``test_mean``, ``test_lower``, ``test_upper``, ``test_p_value``,
-      ``test_num_samples``, ``test_stationary``, ``test_reason`` (a `Reason`). `ssls`
-      has no ``next_test``. `ssls` and `salsa` add ``line_search_active``,
-      ``step_size``, ``num_evaluations``. `salsa` also adds the newest test of the
-      losses, as ``loss_test_step`` and so on.
+      ``last_drop``, ``num_nonfinite``, ``num_ascents``, ``next_test``, and the newest
+      `TestResult` as ``test_step``, ``test_mean``, ``test_lower``, ``test_upper``,
+      ``test_p_value``, ``test_num_samples``, ``test_stationary``, ``test_reason`` (a
+      `Reason`). `ssls` has no ``next_test``. `ssls` and `salsa` add
+      ``line_search_active``, ``step_size``, ``num_evaluations``. `salsa` also adds the
+      newest test of the losses, as ``loss_test_step`` and so on.
 
       `adapt_on_progress` gives ``step``, ``progress``, ``scale``, ``target``,
       ``sees_loss``, ``num_overshoots``, ``num_brakes``, ``num_nonfinite``,

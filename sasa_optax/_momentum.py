@@ -77,7 +77,7 @@ def with_momentum(
         grads = _decay.decayed_grads(updates, weight_decay, params)
         # Zeroed in the pass that reads it: at the drop itself, the trace had already
         # been written.
-        restarts = controller.has_just_dropped(state.controller)
+        restarts = controller.restarts_momentum(state.controller)
         kept = jax.tree.map(lambda h: jnp.where(restarts, 0, h), state.trace)
         direction, trace = _qhm_step(grads, kept, momentum, nu)
         # The decay itself is passed on instead of the decayed gradients. A line search,

@@ -66,7 +66,7 @@ def step(
 
     def moved(updates: Any, params: Any, centre: Any) -> tuple[Any, Any]:
         if returns is not None:
-            updates = _returned(returns, updates, params, centre)
+            updates = _average.returned(returns, updates, params, centre)
         # XLA merges this with the caller's own computation of the same.
         return updates, optax.apply_updates(params, updates)
 
@@ -113,20 +113,6 @@ def _scaled(scale: jax.Array, updates: optax.Updates) -> optax.Updates:
         return _tree.scale(scale, u) if is_inexact else u
 
     return jax.tree.map(multiply, updates)
-
-
-def _returned(
-    returns: jax.Array,
-    updates: optax.Updates,
-    params: optax.Params,
-    centre: optax.Params,
-) -> optax.Updates:
-    """The updates, or the way to the average where ``returns`` is true."""
-
-    def choose(u: jax.Array, from_average: jax.Array) -> jax.Array:
-        return jnp.where(returns, (-from_average).astype(u.dtype), u)
-
-    return jax.tree.map(choose, updates, _average.offset(params, centre))
 
 
 def _measured(

@@ -35,9 +35,10 @@ def scale_by_ssls(
     r"""Applies a learning rate found by a smoothed stochastic line search.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be:
-    it applies the rate and the minus sign. At every step it looks for a step size that
-    satisfies Armijo's condition on the mini-batch at hand, moves the rate a little way
-    towards it, and makes the step with that rate. `LineSearch` has the equations.
+    it applies the rate and the minus sign. After ``optax.adam(lr)``, which has applied
+    both, it goes up the gradient. At every step it looks for a step size that satisfies
+    Armijo's condition on the mini-batch at hand, moves the rate a little way towards
+    it, and makes the step with that rate. `LineSearch` has the equations.
 
     Args:
       learning_rate: where to start, a positive number or scalar array: small, as the
@@ -65,8 +66,8 @@ def scale_by_ssls(
         loss that was differentiated is exactly ``value_fn``, which is not so with
         dropout or batch norm.
 
-      A trial whose loss is not finite fails. If f(x_k) or the gradient is not finite,
-      the rate stays.
+      A trial whose loss is not finite fails. If f(x_k) is not finite, the rate is
+      multiplied by ``decrease_factor``. If only the gradient is not, the rate stays.
 
     Raises:
       ValueError: if an argument is out of range, if ``params``, ``value_fn`` or
@@ -177,7 +178,8 @@ def scale_by_salsa(
     r"""Applies a learning rate that is first searched for, and then drops.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be.
-    It starts as `scale_by_ssls`, and keeps the mini-batches' losses :math:`f(x_k)` in a
+    After ``optax.adam(lr)`` it goes up the gradient, as `scale_by_ssls` does. It starts
+    as `scale_by_ssls`, and keeps the mini-batches' losses :math:`f(x_k)` in a
     window. Another window keeps the samples of `scale_by_sasa_plus`. The search ends
     for good when
 
@@ -191,7 +193,11 @@ def scale_by_salsa(
       steps_per_epoch: the number of steps in an epoch. It sets what ``window`` and
         ``search`` do not give. Default None.
       learning_rate, search: see `scale_by_ssls`.
-      average: see `scale_by_sasa_plus`. Default True.
+      average: whether to keep an average of the iterates, as `average_iterates` over
+        the newest 1/leak_ratio of them does, for `averaged_params`. Each iterate enters
+        a step later than there, once its loss is known to be finite. Where the loss,
+        the gradient or the sample is not finite, the parameters return to the average.
+        All other updates do not change. Default True.
       factor, min_learning_rate, statistic, test, window, axis_name: see
         `scale_by_sasa_plus`.
 
@@ -199,7 +205,12 @@ def scale_by_salsa(
       An `optax.GradientTransformationExtraArgs`. Its state is the pair of a
       `LineSearchState` and an `AverageState`, or the first alone with
       ``average=False``. Its ``update`` takes what that of `scale_by_ssls` takes. Where
-      the loss or the gradient is not finite, nothing is recorded, and the rate stays.
+      the loss or the gradient is not finite, nothing is recorded. During the search the
+      rate then moves as in `scale_by_ssls`; afterwards it stays.
+
+      Gradients that are not finite spoil the state of most directions for good, and the
+      parameters then stay at their average. Keep them out with
+      ``optax.apply_if_finite(optax.scale_by_adam(), 100)``, and the training goes on.
 
     Raises:
       ValueError: as `scale_by_ssls`.
@@ -222,7 +233,9 @@ def scale_by_salsa(
         axis_name=axis_name,
     )
     optimizer = as_transformation(searching(controller, search, steps_per_epoch))
-    return maybe_averaged(optimizer, average, window.leak_ratio)
+    return maybe_averaged(
+        optimizer, average, window.leak_ratio, lambda state: state.is_lost
+    )
 
 
 @names_moved_keywords
@@ -290,4 +303,6 @@ def salsa(
     )
     searched = searching(controller, search, steps_per_epoch)
     optimizer = with_momentum(searched, momentum, nu, weight_decay)
-    return maybe_averaged(optimizer, average, window.leak_ratio)
+    return maybe_averaged(
+        optimizer, average, window.leak_ratio, lambda state: state.controller.is_lost
+    )

@@ -61,7 +61,8 @@ def scale_by_sasa_plus(
     r"""Applies a learning rate that drops when the dynamics are stationary.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be:
-    it applies the rate and the minus sign. At every step it records
+    it applies the rate and the minus sign. After ``optax.adam(lr)``, which has applied
+    both, it goes up the gradient. At every step it records
 
     .. math::
 
@@ -103,9 +104,11 @@ def scale_by_sasa_plus(
       An `optax.GradientTransformationExtraArgs`. Its state is a `ControllerState`, or
       with ``average=True`` the pair of that and an `AverageState`. Its ``update`` needs
       ``params``, takes the extra arguments ``grad`` and ``value`` for the statistic,
-      and ignores all others. Updates keep their dtypes; the statistics are float32, or
-      float64 where a parameter is. A sample that is not finite is counted in
-      ``num_nonfinite`` and not recorded.
+      and ignores all others. Given ``grad``, it also counts the steps that point up the
+      gradient, ``num_ascents``, for one more pass over gradients and directions.
+      Updates keep their dtypes; the statistics are float32, or float64 where a
+      parameter is. A sample that is not finite is counted in ``num_nonfinite`` and not
+      recorded.
 
     Raises:
       ValueError: if an argument is out of range, or ``params`` is missing.
@@ -273,7 +276,8 @@ def reduce_on_stationarity(
 ) -> _types.Optimizer:
     """Scales another optimizer's updates down when its dynamics are stationary.
 
-    Put it after any *complete* optimizer, as `optax.contrib.reduce_on_plateau`. It
+    Put it after any *complete* optimizer, as `optax.contrib.reduce_on_plateau`. After
+    `optax.scale_by_adam`, which applies no minus sign, it goes up the gradient. It
     needs no loss: it judges by the statistic of `scale_by_sasa_plus`, with minus the
     updates as the direction and the scale as the rate. What made the updates does not
     matter: momentum, Adam, clipping, decoupled weight decay. A schedule in the other

@@ -152,10 +152,13 @@ def _run_both(name: str) -> Callable[[int], Any]:
 @pytest.mark.parametrize("name", _WITH_AVERAGE)
 def test_average_true_is_average_iterates_behind_it(name: str, leak_ratio: int) -> None:
     with_it, behind = _run_both(name)(leak_ratio)
-    chex.assert_trees_all_close(with_it, behind, rtol=1e-5)
+    # SALSA averages an iterate a step later, when its loss is known to be finite.
+    late = "salsa" in name
+    same = [(x[0], x[2]) if late else x for x in (with_it, behind)]
+    chex.assert_trees_all_close(*same, rtol=1e-5)
     params, averages, num_drops = with_it
     weights = [_weights(k, leak_ratio, 32) for k in range(1, _STEPS + 1)]
-    iterates = np.concatenate([np.ones((1, 5)), params])
+    iterates = np.concatenate([np.ones((1 + late, 5)), params])
     expected = [weight @ iterates[: len(weight)] for weight in weights]
     np.testing.assert_allclose(averages, expected, rtol=1e-5)
     assert num_drops[-1] > 1

@@ -309,8 +309,8 @@ class TestEveryOptimizer:
         def program(is_given_more: bool) -> str:
             def update(grads: Any, state: Any, params: Any) -> Any:
                 more: dict[str, Any] = {"value_fn": print, "other": "x", "value": 1.0}
-                more = more | {"grad": grads} if is_given_more else {}
-                return optimizer.update(grads, state, params, **more)
+                more = more if is_given_more else {}
+                return optimizer.update(grads, state, params, grad=grads, **more)
 
             return jax.jit(update).lower(params, state, params).as_text()
 

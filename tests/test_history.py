@@ -26,6 +26,7 @@ _KEYS = {
     "num_drops",
     "last_drop",
     "num_nonfinite",
+    "num_ascents",
     "next_test",
     "test_step",
     "test_mean",

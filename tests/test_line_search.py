@@ -101,7 +101,7 @@ def test_the_step_is_made_with_the_new_rate_along_the_direction() -> None:
 def step_along(sign: float, with_value: bool) -> Any:
     """The state after a step whose direction is ``sign`` times the gradient."""
     search = sasa_optax.LineSearch(
-        direction="update", smoothing=0.25, decrease_factor=0.2
+        direction="update", smoothing=0.25, decrease_factor=0.2, max_learning_rate=1.0
     )
     optimizer = sasa_optax.scale_by_ssls(0.1, search=search)
     chain = optax.chain(optax.scale(sign), optimizer)
@@ -339,9 +339,11 @@ def test_a_loss_without_a_minimum_leaves_a_finite_state(
 ) -> None:
     states = run_downhill(steepness, with_value)
     chex.assert_tree_all_finite(states)
-    found = get(states, "learning_rate")
-    assert float(found[-1]) > 1e15
-    assert np.isfinite(np.float32(found[-1]) ** 2)
+    found = np.asarray(get(states, "learning_rate"))
+    assert found.max() > 1e15
+    assert np.isfinite(found.max() ** 2)
+    # The steep one ends at minus infinity, where the rate falls.
+    assert (found[-1] == found.max()) == (steepness == 1.0)
 
 
 def test_salsa_on_a_loss_without_a_minimum_stays_finite() -> None:
@@ -365,3 +367,26 @@ def test_a_rate_that_only_falls_never_vanishes() -> None:
     assert 0 < float(found[299]) < 1e-15
     # So it can come back.
     assert float(found[-1]) > 1.0
+
+
+@jax.jit
+def end_of_search_downhill(search: sasa_optax.LineSearch) -> Any:
+    optimizer = sasa_optax.scale_by_ssls(0.01, search=search)
+    states = history(optimizer, jnp.sum, -jnp.ones(2), num_steps=60)[1]
+    return get(states, "learning_rate")[-1]
+
+
+@pytest.mark.parametrize(
+    ("along", "kwargs", "rate"),
+    [
+        ("gradient", {}, 0.01 * 1.1**60),
+        ("update", {}, 0.1),
+        ("update", {"max_learning_rate": 10.0}, 0.01 * 1.1**60),
+    ],
+)
+def test_only_along_an_update_there_is_a_bound_by_default(
+    along: Any, kwargs: dict[str, Any], rate: float
+) -> None:
+    """Every trial is accepted, as on separable data."""
+    found = end_of_search_downhill(sasa_optax.LineSearch(direction=along, **kwargs))
+    assert float(found) == pytest.approx(rate, rel=1e-5)

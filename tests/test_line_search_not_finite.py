@@ -1,4 +1,4 @@
-"""A line search ignores losses and gradients that are not finite."""
+"""A line search records nothing that is not finite; a lost loss makes the rate fall."""
 
 import functools
 from typing import Any
@@ -46,20 +46,30 @@ def test_a_trial_that_is_not_finite_fails(
     chex.assert_tree_all_finite((updates, state))
 
 
-def assert_untouched(before: Any, after: Any, num_evaluations: int) -> None:
-    """Nothing but the counters has moved."""
+def assert_untouched(
+    before: Any, after: Any, num_evaluations: int, falls: bool = False
+) -> None:
+    """Nothing has moved but the counters, and the rate if it ``falls``."""
     chex.assert_tree_all_finite(after)
     # The step itself was made, so an average has moved.
     old, new = search_of(before), search_of(after)
     step, num_nonfinite = new.controller.step, new.controller.num_nonfinite
     assert int(step) == int(old.controller.step) + 1
     assert int(num_nonfinite) == int(old.controller.num_nonfinite) + 1
+    factor, rate = 0.5 if falls else 1.0, old.controller.learning_rate
+    assert rate is not None
     unmoved = old._replace(
+        is_lost=np.True_,
         num_evaluations=old.num_evaluations + num_evaluations,
-        controller=old.controller._replace(step=step, num_nonfinite=num_nonfinite),
+        controller=old.controller._replace(
+            step=step,
+            num_nonfinite=num_nonfinite,
+            scale=old.controller.scale * factor,
+            learning_rate=rate * factor,
+        ),
     )
     # The slot that is written next may hold anything that is finite.
-    chex.assert_trees_all_equal(new, unmoved)
+    chex.assert_trees_all_close(new, unmoved, rtol=1e-6 if falls else 0)
 
 
 @x64
@@ -68,13 +78,14 @@ def assert_untouched(before: Any, after: Any, num_evaluations: int) -> None:
     [(np.nan, 0.01), (np.inf, 0.01), (-np.inf, 0.01), (0.0, np.nan), (0.0, -np.inf)],
 )
 @for_given_or_not
-def test_a_step_that_is_not_finite_says_nothing_to_salsa(
+def test_a_step_that_is_not_finite_is_not_recorded_by_salsa(
     offset: float, grad: float, with_value: bool
 ) -> None:
     run = Salsa(with_value)
     before = run.run(-np.arange(3.0))[-1]
     after = run.step(offset, grad)
-    assert_untouched(before, after, num_evaluations=0 if with_value else 1)
+    num_evaluations, falls = 0 if with_value else 1, not np.isfinite(offset)
+    assert_untouched(before, after, num_evaluations, falls)
 
 
 @x64
@@ -82,7 +93,7 @@ def test_a_step_that_is_not_finite_says_nothing_to_salsa(
 def test_neither_does_one_between_searches(offset: float, grad: float) -> None:
     run = Salsa(interval=5)
     before = run.run(-np.arange(3.0))[-1]
-    assert_untouched(before, run.step(offset, grad), num_evaluations=0)
+    assert_untouched(before, run.step(offset, grad), 0, falls=np.isnan(offset))
 
 
 @jax.jit
@@ -105,12 +116,12 @@ def two_steps(interval: Any, offset: Any, slope: Any) -> Any:
     ("offset", "slope"), [(np.nan, 1.0), (-np.inf, 1.0), (0.0, np.nan), (0.0, np.inf)]
 )
 @pytest.mark.parametrize("interval", [1, 2])
-def test_a_step_that_is_not_finite_says_nothing_to_ssls(
+def test_a_step_that_is_not_finite_is_not_recorded_by_ssls(
     offset: float, slope: float, interval: int
 ) -> None:
     """With an interval of two, the step comes between two searches."""
     before, after = two_steps(interval, offset, slope)
-    assert_untouched(before, after, num_evaluations=0)
+    assert_untouched(before, after, 0, falls=not np.isfinite(offset))
 
 
 @x64
@@ -118,4 +129,7 @@ def test_salsa_still_counts_what_is_not_finite_after_the_search() -> None:
     run = Salsa()
     before = run.run(np.arange(8.0))[-1]
     assert active([before]) == [False]
-    assert_untouched(before, run.step(0.0, np.nan), num_evaluations=0)
+    for offset, grad in ((0.0, np.nan), (np.nan, np.nan)):
+        after = run.step(offset, grad)
+        assert_untouched(before, after, num_evaluations=0)
+        before = after

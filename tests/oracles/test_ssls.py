@@ -124,7 +124,9 @@ def ssls_history(
     with_value: bool,
 ) -> Any:
     """Parameters and states on batches of target, curvature and offset."""
-    options = sasa_optax.LineSearch(direction=along, **search._asdict())
+    options = sasa_optax.LineSearch(
+        direction=along, max_learning_rate=1e100, **search._asdict()
+    )
     optimizer = sasa_optax.ssls(search=options, **arguments)
     return history(optimizer, quadratic, params, batches, with_value=with_value)
 
@@ -244,7 +246,9 @@ def test_after_adam_it_searches_along_the_update(with_value: bool) -> None:
     rng = np.random.default_rng(2)
     targets = rng.normal(size=(25, 3))
     search = Search(smoothing=0.5, sufficient_decrease=0.45)
-    options = sasa_optax.LineSearch(smoothing=0.5, direction="update")
+    options = sasa_optax.LineSearch(
+        smoothing=0.5, direction="update", max_learning_rate=10.0
+    )
     optimizer = optax.chain(
         optax.scale_by_adam(), sasa_optax.scale_by_ssls(0.05, search=options)
     )
