@@ -2,8 +2,8 @@
 
 By default XLA on a CPU updates all leaves and then sums over all of them, when they are
 no longer in the cache. It also computes a direction such as Adam's twice, once for the
-update and once for the sums, beside a copy of the parameters. Accelerators fuse the
-sums with the update, and need none of this.
+update and once for the sums, beside a copy of the parameters. On a GPU this order
+changes nothing.
 """
 
 from collections.abc import Callable, Sequence

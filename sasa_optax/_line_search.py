@@ -32,13 +32,11 @@ from sasa_optax._controller import (
 )
 from sasa_optax._types import AxisName, DType, Numeric
 
+_SUFFICIENT_DECREASE = {"gradient": 0.05, "update": 0.45}
 # Where the loss falls without end, as on separable data, every trial is accepted. The
 # direction of Adam shrinks meanwhile, and the rate makes up for it. When the direction
 # has its usual size again, the step would be enormous.
-_DEFAULTS = {
-    "gradient": {"sufficient_decrease": 0.05},
-    "update": {"sufficient_decrease": 0.45, "max_learning_rate": 0.1},
-}
+_MOST_ALONG_UPDATE = 100
 
 _CALL = (
     "`updates, state = optimizer.update(grads, state, params, grad=grads, "
@@ -90,9 +88,10 @@ class LineSearch:
         :math:`1 - (1 - \gamma)^m`. Between searches `salsa` records a loss if ``value``
         is given; if not, each recorded loss counts for this many. Default 1.
       max_learning_rate: the highest rate, in (0, inf). Default None: there is no bound
-        along the gradient, and along an update it is 0.1. That is high for a direction
-        with entries of about one, such as Adam's. For directions of another scale,
-        such as those of momentum or of L-BFGS, give a higher one.
+        along the gradient. Along an update it is 100 times the rate to start from. From
+        1e-3 that is 0.1, which is high for Adam, whose directions have entries of about
+        one. Directions of another scale, such as those of momentum or of L-BFGS, may
+        need more.
       batch_axis_name: the axis of `jax.pmap` or `jax.shard_map`, or a tuple of them,
         over which the examples of a mini-batch are spread, so that each device has a
         loss of its own. The search averages the losses over it, and all devices find
@@ -122,7 +121,7 @@ class LineSearch:
     loss_test: _stationarity.SlopeTest = _stationarity.SlopeTest()
 
     def __post_init__(self) -> None:
-        _checks.choice("direction", self.direction, _DEFAULTS)
+        _checks.choice("direction", self.direction, _SUFFICIENT_DECREASE)
         _checks.axis_name(self.batch_axis_name, "batch_axis_name")
         _checks.instance("loss_test", self.loss_test, _stationarity.SlopeTest)
         _checks.fields(
@@ -136,12 +135,17 @@ class LineSearch:
             max_learning_rate="(0, inf)",
         )
 
-    def resolved(self, steps_per_epoch: int | None) -> "LineSearch":
-        """The search with its defaults filled in."""
+    def resolved(
+        self, steps_per_epoch: int | None, learning_rate: Numeric
+    ) -> "LineSearch":
+        """The search from this rate, with its defaults filled in."""
+        is_along_update = self.direction == "update"
+        most = _MOST_ALONG_UPDATE * learning_rate if is_along_update else None
         return _types.with_defaults(
             self,
             smoothing=_epochs.defaults(steps_per_epoch).smoothing,
-            **_DEFAULTS[self.direction],
+            sufficient_decrease=_SUFFICIENT_DECREASE[self.direction],
+            max_learning_rate=most,
         )
 
     def smoothed(self, rate: jax.Array, ratio: jax.Array) -> jax.Array:
@@ -271,7 +275,6 @@ class SearchingController:
     state_type: ClassVar[type] = LineSearchState
 
     def __post_init__(self) -> None:
-        _checks.learning_rate(self.controller.learning_rate, allow_schedule=False)
         if (most := self.search.max_learning_rate) is not None:
             for name in ("learning_rate", "min_learning_rate"):
                 least = getattr(self.controller, name)
@@ -524,4 +527,6 @@ def searching(
     controller: Controller, search: LineSearch, steps_per_epoch: int | None
 ) -> SearchingController:
     _checks.instance("search", search, LineSearch)
-    return SearchingController(search.resolved(steps_per_epoch), controller)
+    start: Any = controller.learning_rate
+    _checks.learning_rate(start, allow_schedule=False)
+    return SearchingController(search.resolved(steps_per_epoch, start), controller)

@@ -92,7 +92,7 @@ def test_ascents_are_counted_and_a_wrong_chain_is_named(name: str) -> None:
     else:
         # Noise makes some of them.
         assert 0 < rows["num_ascents"][-1] < 40
-        assert said == "The rate has not dropped."
+        assert "went up" not in said
 
 
 def test_without_the_gradient_nothing_is_counted() -> None:

@@ -380,7 +380,7 @@ def end_of_search_downhill(search: sasa_optax.LineSearch) -> Any:
     ("along", "kwargs", "rate"),
     [
         ("gradient", {}, 0.01 * 1.1**60),
-        ("update", {}, 0.1),
+        ("update", {}, 1.0),
         ("update", {"max_learning_rate": 10.0}, 0.01 * 1.1**60),
     ],
 )
