@@ -39,8 +39,7 @@ class ControllerState(NamedTuple):
       num_ascents: steps whose direction d pointed up the gradient g, so that
         <d, g> < 0; shape (), int32. They are counted behind other transformations,
         where ``update`` is given ``grad``; under a line search until that has ended.
-        Noise makes a few of most steps, a chain in the wrong order makes most steps
-        ascents.
+        Noise makes ascents of some steps, a chain in the wrong order of nearly all.
       last_test: the newest `TestResult`. Its ``at_step`` is 0 before the first.
       next_test: the step of the next test, at the earliest: a sample that is left out
         delays it. Shape (), int32; None for `ssls`, which has no test.
