@@ -41,11 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _little_optimized(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles the many tests of docs/everywhere.md faster, as they run for moments."""
-    is_one_of_many = request.node.get_closest_marker("environment") is not None
-    jax.config.update("jax_disable_most_optimizations", is_one_of_many)
+    """Compiles most tests faster, as they run for moments."""
+    is_brief = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", is_brief)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Frees the programs of each file: those of all are more than a process can map."""
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
 
 
 def _enable_x64() -> AbstractContextManager[None]:

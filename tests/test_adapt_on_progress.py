@@ -23,6 +23,8 @@ from states import part_of
 import sasa_optax
 from sasa_optax import _adapt, _loss_gate
 
+pytestmark = pytest.mark.optimized
+
 _PAGE = pathlib.Path(__file__).parent.parent / "docs" / "progress.md"
 _CONSTANTS = {"_adapt": _adapt, "_loss_gate": _loss_gate}
 

@@ -9,6 +9,8 @@ import pytest
 from benchmarks import publishing
 from benchmarks.validity import calibration
 
+pytestmark = pytest.mark.optimized
+
 
 # 50 = 7 * 7 + 1 leaves a value that no batch contains.
 @pytest.mark.parametrize("n", [49, 50])

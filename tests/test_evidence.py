@@ -30,6 +30,8 @@ from benchmarks.evidence.tasks import QUICK, task_named
 from benchmarks.publishing import RESULTS
 from examples import elbo
 
+pytestmark = pytest.mark.optimized
+
 _ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -122,6 +122,9 @@ def _runs(name: str, **static: Any) -> Callable[..., Any]:
 def _history(name: str, kind: str, arguments: Any, fills: Any, seed: int) -> Any:
     params = jax.tree.map(jnp.asarray, _TREES[kind])
     is_bad = np.array([fill is not None for fill in fills])
+    # It makes another program, and does not depend on the tree.
+    if "scale_min_samples" in arguments:
+        arguments["scale_min_samples"] &= kind == "single"
     numbers = np.array([fill or 0.0 for fill in fills], np.float32)
     static = {key: x for key, x in arguments.items() if isinstance(x, bool)}
     traced = {key: x for key, x in arguments.items() if key not in static}

@@ -29,6 +29,8 @@ from benchmarks.validity.law import EARLY, start_moments
 from benchmarks.validity.rows import Task
 from sasa_optax import Window
 
+pytestmark = pytest.mark.optimized
+
 
 def small(momentum: float) -> Any:
     return cells.Quadratic(

@@ -20,6 +20,8 @@ from states import part_of
 
 import sasa_optax
 
+pytestmark = pytest.mark.optimized
+
 _WHITE = scipy.linalg.hadamard(512).astype(np.float64)
 
 
