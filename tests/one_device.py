@@ -53,9 +53,7 @@ OPTIMIZERS = {
 
 def _step(optimizer: Any, carry: Any, grads: Any) -> Any:
     params, state = carry
-    updates, state = optimizer.update(
-        grads, state, params, value=jnp.float32(1), grad=grads
-    )
+    updates, state = optimizer.update(grads, state, params, value=jnp.float32(1))
     return optax.apply_updates(params, updates), state
 
 
