@@ -1,5 +1,6 @@
 """The pages of docs/ that the tests write, or check."""
 
+import abc
 import pathlib
 import re
 from typing import Any, ClassVar, Literal
@@ -9,7 +10,7 @@ import pytest
 _DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
-class _Page:
+class _Page(abc.ABC):
     """A plugin. It lives in the process that all workers report to."""
 
     path: ClassVar[pathlib.Path]
@@ -17,9 +18,9 @@ class _Page:
     def __init__(self, action: Literal["write", "check"]) -> None:
         self.action = action
 
+    @abc.abstractmethod
     def made(self, text: str) -> str:
         """The text of the page, with what this run has found."""
-        raise NotImplementedError
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         text = self.path.read_text()

@@ -68,18 +68,28 @@ def tree_bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def bench_optimizer(name: str, params: Any, rounds: int) -> Iterator[Row]:
-    """The time, the temporaries and the traffic of each update."""
-    size = tree_bytes(params)
+def compared(
+    section: str, tree: str, params: Any, rounds: int
+) -> Iterator[tuple[Row, Steps, Steps]]:
+    """The row of each case, the steps of its baseline, and its own."""
     for case in CASES:
         base = optimizer_steps(case.baseline, params)
         steps = optimizer_steps(case, params)
-        yield {
-            "section": "optimizer",
-            "tree": name,
+        row = {
+            "section": section,
+            "tree": tree,
             "case": case.name,
             "baseline": case.baseline,
             **beside(base.seconds, steps.seconds, rounds),
+        }
+        yield row, base, steps
+
+
+def bench_optimizer(name: str, params: Any, rounds: int) -> Iterator[Row]:
+    """The time, the temporaries and the traffic of each update."""
+    size = tree_bytes(params)
+    for row, base, steps in compared("optimizer", name, params, rounds):
+        yield row | {
             "temporary": steps.temporary_bytes() / size,
             "bytes": steps.bytes_accessed() / size,
             "baseline_bytes": base.bytes_accessed() / size,
@@ -95,18 +105,11 @@ def many_leaves(num: int) -> list[jax.Array]:
 def bench_leaves(rounds: int) -> Iterator[Row]:
     """The time to compile the update of many small leaves, and to run it."""
     for num in (100, 500, 1000):
-        params = many_leaves(num)
-        for case in CASES:
-            base = optimizer_steps(case.baseline, params)
-            steps = optimizer_steps(case, params)
-            yield {
-                "section": "leaves",
-                "tree": f"{num} leaves",
-                "case": case.name,
-                "baseline": case.baseline,
+        params, tree = many_leaves(num), f"{num} leaves"
+        for row, base, steps in compared("leaves", tree, params, rounds):
+            yield row | {
                 "compile_s": steps.compile_seconds,
                 "baseline_compile_s": base.compile_seconds,
-                **beside(base.seconds, steps.seconds, rounds),
             }
 
 

@@ -73,17 +73,16 @@ def _filled_in(params: Any) -> Callable[[Any], jax.Array]:
     return loss
 
 
-@_wrapped("`masked`")
-@for_all
-def test_masked(name: str) -> None:
-    mask = {"a": True, "b": False}
-    optimizer = optax.masked(small(name)[0], mask)
+def _run_of_a_part(
+    name: str, optimizer: optax.GradientTransformationExtraArgs, hidden: jax.Array
+) -> tuple[Any, Any]:
+    """The parameters and the state after a run that hides ``b``, with this gradient."""
     params = {"a": jnp.asarray(START), "b": jnp.zeros(3)}
     state: Any = optimizer.init(params)
 
     @jax.jit
     def step(noise: jax.Array, params: Any, state: Any) -> Any:
-        grads = {"a": grads_at(noise, params["a"]), "b": jnp.zeros(3)}
+        grads = {"a": grads_at(noise, params["a"]), "b": hidden}
         extra: dict[str, Any] = {"loss_fn": _filled_in(params)}
         if name in ("scale_by_ssls", "scale_by_salsa"):
             extra["grad"] = grads
@@ -91,6 +90,16 @@ def test_masked(name: str) -> None:
 
     for noise in NOISE:
         params, state = step(noise, params, state)
+    return params, state
+
+
+@_wrapped("`masked`")
+@for_all
+def test_masked(name: str) -> None:
+    mask = {"a": True, "b": False}
+    params, state = _run_of_a_part(
+        name, optax.masked(small(name)[0], mask), jnp.zeros(3)
+    )
     assert_as_in_a_loop((params["a"], state.inner_state), name)
 
 
@@ -99,19 +108,7 @@ def test_masked(name: str) -> None:
 def test_partition(name: str) -> None:
     groups: dict[Any, Any] = {"ours": small(name)[0], "frozen": optax.set_to_zero()}
     optimizer = optax.partition(groups, {"a": "ours", "b": "frozen"})
-    params = {"a": jnp.asarray(START), "b": jnp.zeros(3)}
-    state: Any = optimizer.init(params)
-
-    @jax.jit
-    def step(noise: jax.Array, params: Any, state: Any) -> Any:
-        grads = {"a": grads_at(noise, params["a"]), "b": jnp.ones(3)}
-        extra: dict[str, Any] = {"loss_fn": _filled_in(params)}
-        if name in ("scale_by_ssls", "scale_by_salsa"):
-            extra["grad"] = grads
-        return take_step(optimizer.update, grads, state, params, **extra)
-
-    for noise in NOISE:
-        params, state = step(noise, params, state)
+    params, state = _run_of_a_part(name, optimizer, jnp.ones(3))
     inner = state.inner_states["ours"].inner_state
     assert_as_in_a_loop((params["a"], inner), name)
     np.testing.assert_array_equal(params["b"], 0.0)
