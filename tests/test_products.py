@@ -85,7 +85,6 @@ def _sizes(optimizer: optax.GradientTransformation) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="it is about XLA's output")
 @pytest.mark.parametrize("name", _CHAINED)
 def test_many_leaves_make_no_program_that_compiles_slowly(name: str, sums: str) -> None:
     """The time to compile grows with the instructions, and faster within a fusion."""
