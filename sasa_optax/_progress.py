@@ -62,17 +62,22 @@ def step(
     The updates are multiplied by ``scale``. Where ``returns`` is true, they lead back
     to the average instead, and the walks begin anew.
     """
-    centre, dtype = state.average.averaged, state.progress.dtype
+    average, dtype = state.average, state.progress.dtype
+    of_new = weight(state)
 
-    def moved(updates: Any, params: Any, centre: Any) -> tuple[Any, Any]:
+    def moved(updates: Any, params: Any, centre: Any) -> tuple[Any, Any, Any]:
         if returns is not None:
             updates = _average.returned(returns, updates, params, centre)
         # XLA merges this with the caller's own computation of the same.
-        return updates, optax.apply_updates(params, updates)
+        new_params = optax.apply_updates(params, updates)
+        old = average._replace(averaged=centre)
+        return updates, new_params, _average.push(old, new_params, of_new)
 
     def products(updates: Any, trees: Any) -> _cpu_schedule.Rows:
         params, centre = trees
-        offset = _average.offset(moved(updates, params, centre)[1], centre)
+        # The distance from the new average, which may then take the place of the old.
+        _, new_params, new_average = moved(updates, params, centre)
+        offset = _average.offset(new_params, new_average.averaged)
         # The lengths are those before a return, which would read the old parameters.
         # After a return the walks begin anew, so they do not matter.
         offset, updates = _averaged(offset, centre), _averaged(updates, centre)
@@ -82,14 +87,12 @@ def step(
     if scale is not None:
         updates = _scaled(scale, updates)
     updates, rows = _cpu_schedule.in_groups(
-        updates, (params, centre), products, state.average.num_averaged, dtype
+        updates, (params, average.averaged), products, average.num_averaged, dtype
     )
     distances, lengths = jax.lax.stop_gradient(rows)
-    updates, new_params = moved(updates, params, centre)
-    of_new = weight(state)
+    updates, _, average = moved(updates, params, average.averaged)
     progress, walks = _measured(state, distances, lengths, of_new, momentum)
     num_walked = jnp.asarray(optax.safe_increment(state.num_walked))
-    average = _average.push(state.average, new_params, of_new)
     if returns is not None:
         progress = jnp.where(returns, state.progress, progress)
         walks = jnp.where(returns, 0, walks)
@@ -124,8 +127,7 @@ def _measured(
 ) -> tuple[jax.Array, jax.Array]:
     """Progress and the walks after a step, from its squared lengths by leaf.
 
-    The distances are from the average before the step. The average moves by ``weight``
-    times the distance, which leaves (1 - weight)^2 of its square.
+    The distances are from the average after the step, which enters it with ``weight``.
     """
     kept = (1 - weight) ** 2
     factor = jnp.asarray(dissipation(momentum, 1.0), weight.dtype)
@@ -133,7 +135,7 @@ def _measured(
     is_good = jnp.all(jnp.isfinite(distances) & jnp.isfinite(walks))
     walks = jnp.where(is_good, walks, state.walks)
     has_moved = walks > 0
-    ratios = jnp.where(has_moved, kept * distances / jnp.where(has_moved, walks, 1), 0)
+    ratios = jnp.where(has_moved, distances / jnp.where(has_moved, walks, 1), 0)
     num_moved = jnp.sum(has_moved)
     mean = jnp.sum(ratios) / jnp.maximum(num_moved, 1).astype(ratios.dtype)
     return jnp.where(is_good & (num_moved > 0), mean, state.progress), walks
