@@ -56,6 +56,17 @@ def test_the_code_for_a_choice_runs(capsys: Any) -> None:
     assert "progress has stopped" in capsys.readouterr().out
 
 
+def test_the_parts_of_ones_own_take_ten_lines() -> None:
+    (block,) = _blocks("docs/good-to-know.md")
+    assert len([line for line in block.splitlines() if line]) <= 10
+    names: dict[str, Any] = {}
+    exec(block, names)
+    params = jnp.full(2, 2.0)
+    optimizer = names["optimizer"]
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    assert state.controller.window.buffer[0, 0] == 8.0
+
+
 def test_every_choice_in_the_table_is_an_optimizer() -> None:
     text = (_ROOT / "docs/which-one.md").read_text()
     choices = re.findall(r"^\|[^|]+\| `([^`]+)`", text, flags=re.MULTILINE)
