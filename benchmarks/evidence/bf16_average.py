@@ -9,16 +9,16 @@ same iterates, and are evaluated at a quarter, a half and all of the steps.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 import sasa_optax
-from benchmarks import processes, publishing
+from benchmarks import publishing
 from benchmarks.evidence.contenders import METHODS, Setting
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import task_named
@@ -28,6 +28,13 @@ from benchmarks.publishing import DOCS, RESULTS, Row
 TASKS = "digits-mlp", "char-transformer"
 METHOD = METHODS["adamw-1e-3"]
 LEAK_RATIO, MIN_HORIZON, HOST_INTERVAL = 8, 32, 16
+NAMES = (
+    "last iterate",
+    "float32",
+    "bfloat16, stochastic",
+    "bfloat16, nearest",
+    f"float32, every {HOST_INTERVAL}th",
+)
 
 
 def round_to_nearest(key: jax.Array, x: jax.Array) -> jax.Array:
@@ -46,131 +53,97 @@ def round_stochastically(key: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-class NarrowState(NamedTuple):
-    num_steps: jax.Array
-    averaged: optax.Params
+class Averages(NamedTuple):
+    """The cheaper averages, each as one vector."""
+
+    stochastic: jax.Array
+    nearest: jax.Array
+    host: jax.Array
 
 
-def narrow_average(
-    rounding: Callable[[jax.Array, jax.Array], jax.Array],
-) -> optax.GradientTransformation:
-    """`average_iterates` with an average in bfloat16."""
-
-    def init(params: optax.Params) -> NarrowState:
-        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-        return NarrowState(jnp.zeros((), jnp.int32), narrow)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NarrowState]:
-        new, num_steps = optax.apply_updates(params, updates), state.num_steps + 1
-        weight = 1 / jnp.maximum(MIN_HORIZON, num_steps / LEAK_RATIO)
-        keys = optax.tree.split_key_like(jax.random.key(num_steps), state.averaged)
-
-        def moved(key: jax.Array, c: jax.Array, x: jax.Array) -> jax.Array:
-            wide = c.astype(jnp.float32)
-            return rounding(key, wide + weight * (x - wide))
-
-        averaged = jax.tree.map(moved, keys, state.averaged, new)
-        return updates, NarrowState(num_steps, averaged)
-
-    return optax.GradientTransformation(init, update)
+def start(x: jax.Array) -> Averages:
+    narrow = x.astype(jnp.bfloat16)
+    return Averages(narrow, narrow, x)
 
 
-class HostState(NamedTuple):
-    num_steps: jax.Array
-    inner: Any
+def moved(averages: Averages, x: jax.Array, num_steps: jax.Array) -> Averages:
+    """The averages after the iterate of a step, with the weight of the library's."""
+    weight = 1 / jnp.maximum(MIN_HORIZON, num_steps / LEAK_RATIO)
 
+    def narrow(rounding: Callable[..., jax.Array], c: jax.Array) -> jax.Array:
+        key = jax.random.key(num_steps, impl="rbg")
+        wide = c.astype(jnp.float32)
+        return rounding(key, wide + weight * (x - wide))
 
-def host_average() -> optax.GradientTransformation:
-    """`average_iterates` of every 16th iterate."""
-    inner = sasa_optax.average_iterates(LEAK_RATIO, MIN_HORIZON / HOST_INTERVAL)
-
-    def init(params: optax.Params) -> HostState:
-        return HostState(jnp.zeros((), jnp.int32), inner.init(params))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, HostState]:
-        num_steps = state.num_steps + 1
-        _, moved = inner.update(updates, state.inner, params)
-        is_due = num_steps % HOST_INTERVAL == 0
-        kept = optax.tree.where(is_due, moved, state.inner)
-        return updates, HostState(num_steps, kept)
-
-    return optax.GradientTransformation(init, update)
-
-
-AVERAGES: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "float32": sasa_optax.average_iterates,
-    "bfloat16, stochastic": lambda: narrow_average(round_stochastically),
-    "bfloat16, nearest": lambda: narrow_average(round_to_nearest),
-    "float32, every 16th": host_average,
-}
-
-
-def averages_in(opt_state: Any) -> dict[str, optax.Params]:
-    """The averages of a run by name; that of the optimizer itself comes first."""
-    params = [optax.tree.get(state, "averaged") for state in opt_state[1:]]
-    return dict(zip(AVERAGES, params, strict=True))
-
-
-def distance(x: optax.Params, y: optax.Params) -> jax.Array:
-    wide = (optax.tree.cast(tree, jnp.float32) for tree in (x, y))
-    return optax.tree.norm(optax.tree.sub(*wide))
+    is_due = num_steps % HOST_INTERVAL == 0
+    of_host = jnp.where(is_due, HOST_INTERVAL * weight, 0)
+    return Averages(
+        narrow(round_stochastically, averages.stochastic),
+        narrow(round_to_nearest, averages.nearest),
+        averages.host + of_host * (x - averages.host),
+    )
 
 
 def run_fn(task: Task) -> Callable[..., Any]:
-    """A function from a key and initial parameters to what each average reached."""
-    rate = jnp.float32(METHOD.rates[0])
+    """From a key and initial parameters to what each average reached, and its error.
+
+    The error is the distance from the average in float32, as a share of how far that
+    one is from the iterate.
+    """
+    setting = Setting(jnp.float32(METHOD.rates[0]), task.budgets[-1], task)
+    optimizer = optax.with_extra_args_support(
+        optax.chain(METHOD.make(setting), sasa_optax.average_iterates())
+    )
 
     def run(key: jax.Array, params: Any, rest: Any, data: Any) -> Any:
-        inner = METHOD.make(Setting(rate, task.budgets[-1], task))
-        optimizer = optax.with_extra_args_support(
-            optax.chain(inner, *(make() for make in AVERAGES.values()))
-        )
         step = step_fn(task, METHOD, optimizer, data)
+        flat, unravel = ravel_pytree(params)
 
-        def record(carry: Carry, key: jax.Array) -> Any:
-            carry, _ = jax.lax.scan(step, carry, task.draw(key, data))
-            averages = averages_in(carry.opt_state)
-            wide = averages["float32"]
-            to_iterate = distance(carry.params, wide)
-            seen = {"last iterate": task.evaluate(carry.params, carry.rest, data)[1]}
-            errors = {}
-            for name, averaged in averages.items():
-                like = optax.tree.cast_like(averaged, params)
-                seen[name] = task.evaluate(like, carry.rest, data)[1]
-                errors[name] = distance(averaged, wide) / to_iterate
-            return carry, (seen, errors)
+        def both(carry: tuple[Carry, Averages], batch: Any) -> Any:
+            training, _ = step(carry[0], batch)
+            x = ravel_pytree(training.params)[0]
+            return (training, moved(carry[1], x, training.num_steps)), None
+
+        def quarter(carry: Any, keys: jax.Array) -> Any:
+            def record(carry: Any, key: jax.Array) -> Any:
+                return jax.lax.scan(both, carry, task.draw(key, data))
+
+            carry, _ = jax.lax.scan(record, carry, keys)
+            training, averages = carry
+            wide = sasa_optax.averaged_params(training.opt_state)
+            trees = training.params, wide
+            vectors = [ravel_pytree(tree)[0] for tree in trees]
+            vectors += [x.astype(jnp.float32) for x in averages]
+            errors = [jnp.linalg.norm(x - vectors[1]) for x in vectors]
+            metrics = jax.lax.map(
+                lambda x: task.evaluate(unravel(x), training.rest, data)[1],
+                jnp.stack(vectors),
+            )
+            return carry, (metrics, jnp.stack(errors) / errors[0])
 
         opt_state = optimizer.init(params)
-        carry = Carry(params, rest, opt_state, None, jnp.zeros((), jnp.int32))
+        training = Carry(params, rest, opt_state, None, jnp.zeros((), jnp.int32))
         keys = jax.random.split(key, task.budgets[-1] // task.steps_per_record)
-        return jax.lax.scan(record, carry, keys)[1]
+        return jax.lax.scan(quarter, (training, start(flat)), keys.reshape(4, -1))[1]
 
     return run
 
 
-def work(job: tuple[str, int]) -> list[Row]:
-    """The rows of a run: one for each average and each part of the steps."""
-    name, seed = job
+def work(name: str, seeds: int) -> list[Row]:
+    """The rows of a task: one for each seed, average and part of the steps."""
     task = task_named(name)
-    params, rest = task.init(seed)
-    run = jax.jit(run_fn(task))
-    found = jax.device_get(run(jax.random.key(seed), params, rest, task.data))
-    metrics, errors = found
-    return [
-        {
-            "task": name,
-            "unit": task.unit,
-            "seed": seed,
-            "steps": steps,
-            "average": average,
-            "metric": float(values[at]),
-            "error": float(errors[average][at]) if average in errors else None,
-            "made": publishing.provenance(),
-        }
-        for average, values in metrics.items()
-        for steps in task.parts
-        for at in [steps // task.steps_per_record - 1]
-    ]
+    run, rows = jax.jit(run_fn(task)), []
+    for seed in range(seeds):
+        params, rest = task.init(seed)
+        found = jax.device_get(run(jax.random.key(seed), params, rest, task.data))
+        for steps, at in zip(task.parts, (0, 1, 3), strict=True):
+            for average, metric, error in zip(
+                NAMES, *(values[at] for values in found), strict=True
+            ):
+                numbers = {"metric": float(metric), "error": float(error)}
+                of = {"seed": seed, "steps": steps, "average": average}
+                rows.append({"task": name, "unit": task.unit, **of, **numbers})
+    return [row | {"made": publishing.provenance()} for row in rows]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -189,7 +162,7 @@ def gap(rows: list[Row], average: str) -> float:
 
 def table(rows: list[Row]) -> str:
     """The gaps of each average, and how far it is from the one in float32."""
-    others = ["last iterate", *list(AVERAGES)[1:]]
+    others = [name for name in NAMES if name != "float32"]
     heads = ["task, steps", "float32", *others, "error, stochastic"]
     lines = []
     for task, steps in dict.fromkeys((row["task"], row["steps"]) for row in rows):
@@ -210,12 +183,9 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--publish", action="store_true", help="write into docs/")
     args = parser.parse_args()
-    jobs = [(task, seed) for task in args.tasks for seed in range(args.seeds)]
-    done = dict(processes.run_all(work, jobs, args.workers))
-    rows = [row for job in jobs for row in done[job].result()]
+    rows = [row for task in args.tasks for row in work(task, args.seeds)]
     print(table(rows))
     if args.publish:
         publishing.save(rows, RESULTS / "bf16-average.json")

@@ -27,15 +27,17 @@ def publish(new: list[Row]) -> None:
     for page, command in tables.PAGES.items():
         path = RESULTS / f"{page}-{backend}.json"
         rows = publishing.load(path)
-        own = [row for row in new if tables.page_of(row) == page]
-        for row in own:
-            rows = publishing.merged(rows, row, place_of)
-        if own:
+        for row in new:
+            if tables.page_of(row) == page:
+                rows = publishing.merged(rows, row, place_of)
+        if rows:
             publishing.save(rows, path)
             content = tables.page_content(rows, command, path.name)
             publishing.write(DOCS / f"{page}.md", {backend: content})
-        if own and page == "performance":
+        if rows and page == "performance":
             tables.draw(rows, DOCS / "images" / f"{page}-{backend}.png", "1e+07")
+    evidence = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    publishing.write(DOCS / "peers.md", tables.quoted(evidence))
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
@@ -70,7 +72,7 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sections = list(tables.TITLES)
-    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--sections", nargs="*", choices=sections, default=sections)
     sizes = {"nargs": "+", "type": lambda s: int(float(s)), "default": SIZES}
     parser.add_argument("--sizes", **sizes)
     parser.add_argument("--rounds", type=int, default=11)

@@ -71,6 +71,9 @@ REDUCED = behind("reduce_on_stationarity", "adamw", sasa_optax.reduce_on_station
 AVERAGED_ADAMW = behind("average_iterates", "adamw", sasa_optax.average_iterates)
 PLATEAU = behind("reduce_on_plateau", "adamw", optax.contrib.reduce_on_plateau)
 PRODIGY = Case("prodigy", "adamw", lambda: optax.contrib.prodigy())
+SCHEDULE_FREE_SGD = Case(
+    "schedule_free_sgd", "sgd", lambda: optax.contrib.schedule_free_sgd(0.1)
+)
 SCHEDULE_FREE = Case(
     "schedule_free_adamw", "adamw", lambda: optax.contrib.schedule_free_adamw(1e-3)
 )
@@ -94,7 +97,7 @@ CASES = [
     ),
     Case("slope", "sgd", lambda: sasa_optax.slope(1.0)),
     Case("dog", "sgd", lambda: optax.contrib.dog()),
-    Case("schedule_free_sgd", "sgd", lambda: optax.contrib.schedule_free_sgd(0.1)),
+    SCHEDULE_FREE_SGD,
     ADAPTED,
     behind("measure_progress", "adamw", sasa_optax.measure_progress),
     REDUCED,
@@ -115,6 +118,7 @@ MODEL_CASES = [
 # The methods that docs/peers.md compares, all beside AdamW.
 PEERS = [
     Case("sgd, with momentum", "adamw", BASELINES["sgd"]),
+    dataclasses.replace(SCHEDULE_FREE_SGD, baseline="adamw"),
     SCHEDULE_FREE,
     PRODIGY,
     Case("dog", "adamw", lambda: optax.contrib.dog()),

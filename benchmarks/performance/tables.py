@@ -21,6 +21,28 @@ TITLES = {
 PAGES = {
     "performance": "make bench",
     "peers": "python -m benchmarks.performance --sections peers --publish",
+}  # The rows of docs/evidence.md that docs/peers.md quotes, by table.
+QUOTED = {
+    "gaps": (
+        "best tuned",
+        "adamw-cosine",
+        "schedule-free-sgd",
+        "schedule-free-adamw",
+        "prodigy-linear",
+        "dog-averaged",
+        "mechanize-adamw-cosine",
+        "dadapt-adamw-cosine",
+        "adamw-plateau",
+        "adamw-1e-3-averaged",
+        "sgd-constant-averaged",
+        "sasa-plus",
+        "salsa",
+        "adamw-stationarity",
+        "prodigy-stationarity-averaged",
+        "prodigy-progress",
+        "adamw-progress",
+    ),
+    "anytime": ("within the target", "ahead of schedule-free-sgd"),
 }
 
 # The heads of the columns of text, which come first.
@@ -86,6 +108,17 @@ def tables(rows: Sequence[Row]) -> str:
             table = publishing.markdown(heads, map(dict.values, lines), num_left)
             parts.append(f"### {title}\n\n{table}")
     return "\n\n".join(parts)
+
+
+def quoted(evidence: str) -> dict[str, str]:
+    """The rows of `QUOTED`, below the heads of their tables."""
+    parts = {}
+    for part, names in QUOTED.items():
+        table = evidence.partition(f"<!-- {part} -->")[2]
+        head, rule, *lines = table.partition(f"<!-- /{part} -->")[0].split("\n")[2:-2]
+        rows = {line.split("|")[1].strip(" *"): line for line in lines}
+        parts[part] = "\n".join([head, rule, *(rows[name] for name in names)])
+    return parts
 
 
 def page_of(row: Row) -> str:
