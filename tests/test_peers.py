@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import sasa_optax
 from benchmarks.performance import tables
@@ -41,13 +42,14 @@ def test_a_run_that_is_extended_is_one_that_was_not_stopped() -> None:
         *map(jax.tree.leaves, (names["extended"], whole)), strict=True
     ):
         np.testing.assert_array_equal(there, here)
-    better = sasa_optax.averaged_params(names["extended"][1])
+    better: Any = sasa_optax.averaged_params(names["extended"][1])
     models = better, names["model"], names["stopped"][0]
     errors = [float(jnp.mean((x - 1) ** 2)) for x in models]
     assert errors == sorted(errors)
 
 
 def test_numpyro_passes_the_loss() -> None:
+    pytest.importorskip("numpyro")
     names = _names_of("No plumbing for the loss")
     metrics = sasa_optax.metrics(names["result"].state.optim_state)
     assert bool(metrics["sees_loss"])
