@@ -169,7 +169,7 @@ PROTOCOLS = {
                 epochs_per_drop=None,
                 width=64,
                 dropout=0.2,
-                num_train=105_020,
+                num_train=91_020,
             ),
             bptt=35,
             clip=0.25,
