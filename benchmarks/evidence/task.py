@@ -93,10 +93,10 @@ def model_functions(
         return loss, nnx.split(model, nnx.Param, ...)[2]
 
     def value(params: Params, rest: Rest, batch: Batch, data: Data) -> jax.Array:
-        return loss_fn(nnx.merge(inference, params, rest), batch, data)
+        return loss_fn(nnx.merge(inference, params, rest, copy=True), batch, data)
 
-    def predict(params: Params, rest: Rest, inputs: jax.Array) -> jax.Array:
-        return nnx.merge(inference, params, rest)(inputs)
+    def predict(params: Params, rest: Rest, *inputs: Any) -> Any:
+        return nnx.merge(inference, params, rest, copy=True)(*inputs)
 
     return {"init": init, "loss": loss, "value": value, "predict": predict}
 

@@ -90,6 +90,37 @@ def rate_of(opt_state: Any, rate: jax.Array) -> jax.Array:
     return rate
 
 
+def start(params: Any, rest: Any, optimizer: Any, method: Method) -> Carry:
+    """What the first step begins with."""
+    average = params if method.evaluated_at == "average" else None
+    count = jnp.zeros((), jnp.int32)
+    return Carry(params, rest, optimizer.init(params), average, count)
+
+
+def record_fn(
+    task: Task, method: Method, optimizer: Any, rate: jax.Array, data: Any
+) -> Callable:
+    """A function that trains up to the next evaluation, and returns what it saw."""
+    step = step_fn(task, method, optimizer, data)
+
+    def record(carry: Carry, key: jax.Array) -> tuple[Carry, dict[str, jax.Array]]:
+        batches = task.draw(key, data)
+        carry, losses = jax.lax.scan(step, carry, batches)
+        validation, test = evaluated(task, method, carry, batches, data)
+        names = "num_drops", "num_overshoots"
+        counts = [optax.tree.get(carry.opt_state, name) for name in names]
+        drops = next((x for x in counts if x is not None), jnp.int32(0))
+        return carry, {
+            "train": losses.mean(),
+            "validation": validation,
+            "test": test,
+            "rates": rate_of(carry.opt_state, rate),
+            "drops": drops,
+        }
+
+    return record
+
+
 def run_fn(task: Task, method: Method, num_steps: int) -> Callable:
     """A function from a rate, a key and initial parameters to the curves of a run."""
 
@@ -97,28 +128,9 @@ def run_fn(task: Task, method: Method, num_steps: int) -> Callable:
         optimizer = optax.with_extra_args_support(
             method.make(Setting(rate, num_steps, task))
         )
-        step = step_fn(task, method, optimizer, data)
-
-        def record(carry: Carry, key: jax.Array) -> Any:
-            batches = task.draw(key, data)
-            carry, losses = jax.lax.scan(step, carry, batches)
-            validation, test = evaluated(task, method, carry, batches, data)
-            names = "num_drops", "num_overshoots"
-            counts = [optax.tree.get(carry.opt_state, name) for name in names]
-            drops = next((x for x in counts if x is not None), jnp.int32(0))
-            seen = {
-                "train": losses.mean(),
-                "validation": validation,
-                "test": test,
-                "rates": rate_of(carry.opt_state, rate),
-                "drops": drops,
-            }
-            return carry, seen
-
-        average = params if method.evaluated_at == "average" else None
-        state = optimizer.init(params)
-        carry = Carry(params, rest, state, average, jnp.zeros((), jnp.int32))
+        carry = start(params, rest, optimizer, method)
         keys = jax.random.split(key, num_steps // task.steps_per_record)
+        record = record_fn(task, method, optimizer, rate, data)
         return jax.lax.scan(record, carry, keys)[1]
 
     return run
