@@ -38,20 +38,20 @@ _LEAK_RATIO = 8
 class ReduceOnStationarityState(NamedTuple):
   """State for :func:`optax.contrib.reduce_on_stationarity`."""
 
-  scale: jax.typing.ArrayLike
-  count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
-  num_reductions: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
+  scale: jax.Array  # shape=()
+  count: jax.Array  # shape=(), dtype=jnp.int32
+  num_reductions: jax.Array  # shape=(), dtype=jnp.int32
   # The samples since the newest reduction, in a ring buffer, and their number.
   samples: jax.Array  # shape=(max_samples,)
-  num_samples: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32
+  num_samples: jax.Array  # shape=(), dtype=jnp.int32
 
 
 def reduce_on_stationarity(
-    factor: jax.typing.ArrayLike = 0.1,
-    min_samples: jax.typing.ArrayLike = 1000,
-    test_interval: jax.typing.ArrayLike = 100,
-    significance: jax.typing.ArrayLike = 0.05,
-    min_scale: jax.typing.ArrayLike = 0.0,
+    factor: float = 0.1,
+    min_samples: int = 1000,
+    test_interval: int = 100,
+    significance: float = 0.05,
+    min_scale: float = 0.0,
     max_samples: int = 16384,
 ) -> base.GradientTransformationExtraArgs:
   r"""Reduce the learning rate when the dynamics are stationary (SASA+).
@@ -105,7 +105,7 @@ def reduce_on_stationarity(
     ...   updates, opt_state = solver.update(grad, opt_state, params)
     ...   params = optax.apply_updates(params, updates)
     ...   return (params, opt_state), None
-    >>> keys = jax.random.split(jax.random.key(0), 1000)
+    >>> keys = jax.random.split(jax.random.key(0), 2000)
     >>> (params, opt_state), _ = jax.lax.scan(step, (params, opt_state), keys)
     >>> print('Scale: {:.1f}'.format(optax.tree.get(opt_state, 'scale')))
     Scale: 0.1
