@@ -60,7 +60,8 @@ def _trained(optimizer: Any) -> tuple[Any, Any]:
         noise = jax.tree.map(lambda x, k: jax.random.normal(k, x.shape), params, keys)
         grads = jax.tree.map(jnp.add, params, noise)
         updates, state = chain.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), state[1].scale
+        scale = optax.tree_utils.tree_get(state, "scale")
+        return (optax.apply_updates(params, updates), state), scale
 
     keys = jax.random.split(jax.random.key(0), 1500)
     (params, _), scales = jax.lax.scan(step, (params, chain.init(params)), keys)
@@ -68,7 +69,7 @@ def _trained(optimizer: Any) -> tuple[Any, Any]:
 
 
 def test_it_does_what_ours_does(contribution: types.ModuleType) -> None:
-    small = {"min_samples": 20, "test_interval": 10}
+    small: dict[str, Any] = {"min_samples": 20, "test_interval": 10}
     ours = sasa_optax.reduce_on_stationarity(
         window=sasa_optax.Window(max_window=64, **small)
     )
