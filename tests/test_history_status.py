@@ -107,7 +107,8 @@ def test_a_notebook_shows_what_there_is(monkeypatch: Any) -> None:
     assert "<img" not in shown
 
 
-def test_a_notebook_shows_the_newest_of_many_events() -> None:
+def test_a_notebook_shows_the_newest_of_many_events(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     history = _history(_ADAPT)
     for n in range(1, 13):
         cut = {"step": 100 * n, "num_brakes": n, "last_cut": 100 * n - 5}

@@ -100,8 +100,10 @@ def test_keras(run: dict[str, Any]) -> None:
     model = run["model"]
     for variable, value in zip(model.trainable_variables, run["average"], strict=True):
         np.testing.assert_array_equal(variable.value, value)
-    loss, _ = run["loss_fn"](run["params"], run["rest"])
-    assert loss < 1
+    # The average lags behind, on the way down.
+    newest, _ = run["loss_fn"](run["params"], run["rest"])
+    averaged, _ = run["loss_fn"](run["average"], run["rest"])
+    assert newest < averaged
 
 
 def test_the_table_counts_the_lines_that_are_marked() -> None:
