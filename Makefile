@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .PHONY: demo test check pytest matrix test-slow test-one-device \
-	test-oldest calibration collapse bench evidence validity docs clean
+	test-oldest calibration collapse bench evidence validity docs release-check \
+	release clean
 
 demo: $(VENV)/.examples  ## Train on real data, with a table and a picture at the end.
 	$(BIN)/python examples/digits.py --out demo
@@ -63,8 +64,14 @@ validity: $(VENV)/.dev  ## The tables and picture of docs/validity.md.
 docs: $(VENV)/.docs  ## The documentation, into site/.
 	$(BIN)/sphinx-build -q -W docs site
 
+release-check: $(VENV)/.dev $(VENV)/.release  ## What a release does, without the tag.
+	.ci/release $(BIN)
+
+release: $(VENV)/.dev $(VENV)/.release  ## Build into dist/, check, tag. Uploads nothing.
+	.ci/release $(BIN) --tag
+
 clean:
-	rm -rf .venv .venv-oldest .venv-statopt demo site
+	rm -rf .venv .venv-oldest .venv-statopt demo dist site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -69,7 +69,7 @@ def push(
             return x
         real = jnp.finfo(c.dtype).dtype
         new = c + weight.astype(real) * (x.astype(c.dtype) - c)
-        return jnp.where(jnp.isfinite(new), new, c)
+        return jax.lax.select(jnp.isfinite(new), new, c)
 
     averaged = jax.tree.map(moved, state.averaged, jax.lax.stop_gradient(new_params))
     num_averaged = jnp.asarray(optax.safe_increment(state.num_averaged))
@@ -96,7 +96,7 @@ def returned(
     """The updates, or the way to the average where ``returns`` is true."""
 
     def choose(u: jax.Array, from_average: jax.Array) -> jax.Array:
-        return jnp.where(returns, (-from_average).astype(u.dtype), u)
+        return jax.lax.select(returns, (-from_average).astype(u.dtype), u)
 
     return jax.tree.map(choose, updates, offset(params, averaged))
 

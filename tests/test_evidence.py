@@ -17,6 +17,7 @@ from flax import nnx
 
 from benchmarks.evidence import (
     __main__,
+    bf16_average,
     contenders,
     outcomes,
     streams,
@@ -305,6 +306,38 @@ def test_publishing_renews_the_tables_and_leaves_the_text(tmp_path: Any) -> None
     assert published.endswith("the end\n")
     assert published.count("| best tuned | 3.5 (adamw-cosine)") == 1
     assert len(list(tmp_path.glob("images/*.png"))) == 3
+
+
+def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average() -> None:
+    x = jnp.array([1.0, -1.001, 3.14159, 1e-20, -2.5e7, 0.0])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.vmap(bf16_average.round_stochastically, (0, None))(keys, x)
+    found = np.asarray(drawn, np.float64)
+    exact = np.asarray(x, np.float64)
+    # The two around x have the upper half of its bits, and the next one.
+    down = np.asarray(x).view(np.uint32) >> 16
+    ends = [((down + i) << 16).view(np.float32).astype(float) for i in (0, 1)]
+    assert np.all((found == ends[0]) | (found == ends[1]))
+    error = np.abs(ends[1] - ends[0]) / 2 / math.sqrt(len(keys))
+    assert np.all(np.abs(found.mean(0) - exact) <= 5 * error)
+    assert np.all(found[:, [0, 5]] == exact[[0, 5]])
+
+
+def test_an_average_that_is_rounded_to_the_nearest_stands_still() -> None:
+    """By weights of 8/k, for k from 8000 to 9000, it should go 61 % of the way."""
+    start, target = jnp.full(1000, 1.0), jnp.full(1000, 1.25)
+
+    def step(averages: bf16_average.Averages, k: jax.Array) -> Any:
+        return bf16_average.moved(averages, target, k), None
+
+    steps = jnp.arange(8000, 9000)
+    averages, _ = jax.lax.scan(step, bf16_average.start(start), steps)
+    kept = np.prod(1 - 8 / np.arange(8000, 9000))
+    expected = 1.25 - 0.25 * kept
+    means = [float(jnp.mean(x.astype(jnp.float32))) for x in averages]
+    assert means[0] == pytest.approx(expected, abs=2e-3)
+    assert means[1] == 1
+    assert means[2] == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.example

@@ -6,6 +6,8 @@ rounds and the quartiles.
 
     make bench                                               # everything, into docs/
     python -m benchmarks.performance --sections model        # a part, only printed
+    python -m benchmarks.performance --sections --publish    # measures nothing
+    python -m benchmarks.performance.scale                   # docs/scale.md
 
 For a model of your own, name a function that takes `wrap`, a function from optimizer to
 optimizer, applies it to its optimizer, and returns `step, carry, batch`, such that

@@ -1,4 +1,4 @@
-"""The command line: measures, and publishes docs/performance.md."""
+"""The command line: measures, and publishes docs/performance.md and docs/peers.md."""
 
 import argparse
 import pathlib
@@ -24,14 +24,20 @@ def place_of(row: Row) -> tuple[Any, ...]:
 def publish(new: list[Row]) -> None:
     """The new rows beside those of other runs: as JSON, as tables, as a picture."""
     backend = jax.default_backend()
-    path = RESULTS / f"performance-{backend}.json"
-    rows = publishing.load(path)
-    for row in new:
-        rows = publishing.merged(rows, row, place_of)
-    publishing.save(rows, path)
-    content = tables.page_content(rows, path.name)
-    publishing.write(DOCS / "performance.md", {backend: content})
-    tables.draw(rows, DOCS / "images" / f"performance-{backend}.png", "1e+07")
+    for page, command in tables.PAGES.items():
+        path = RESULTS / f"{page}-{backend}.json"
+        rows = publishing.load(path)
+        for row in new:
+            if tables.page_of(row) == page:
+                rows = publishing.merged(rows, row, place_of)
+        if rows:
+            publishing.save(rows, path)
+            content = tables.page_content(rows, command, path.name)
+            publishing.write(DOCS / f"{page}.md", {backend: content})
+        if rows and page == "performance":
+            tables.draw(rows, DOCS / "images" / f"{page}-{backend}.png", "1e+07")
+    evidence = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    publishing.write(DOCS / "peers.md", tables.quoted(evidence))
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
@@ -56,6 +62,8 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
         yield from optimizers.bench_start(3)
     if "leaves" in args.sections:
         yield from optimizers.bench_leaves(args.rounds)
+    if "peers" in args.sections:
+        yield from optimizers.bench_peers(args.rounds)
 
 
 def arguments() -> argparse.Namespace:
@@ -64,7 +72,7 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sections = list(tables.TITLES)
-    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--sections", nargs="*", choices=sections, default=sections)
     sizes = {"nargs": "+", "type": lambda s: int(float(s)), "default": SIZES}
     parser.add_argument("--sizes", **sizes)
     parser.add_argument("--rounds", type=int, default=11)

@@ -29,12 +29,14 @@ class Case:
       baseline: the name of the plain optimizer.
       make: makes the optimizer.
       prepare: changes its initial state before it is timed.
+      searches: whether it is given the gradient and the loss as a function.
     """
 
     name: str
     baseline: str
     make: Make
     prepare: Callable[[Any], Any] = lambda state: state
+    searches: bool = False
 
 
 def reduced(
@@ -60,10 +62,21 @@ def searching() -> optax.GradientTransformation:
 
 SASA_PLUS = Case("sasa_plus", "sgd", lambda: sasa_optax.sasa_plus(1.0))
 SASA = Case("sasa", "sgd", lambda: sasa_optax.sasa(1.0))
-SWITCHED = Case("salsa, after its switch", "sgd", sasa_optax.salsa, switched)
+SWITCHED = Case(
+    "salsa, after its switch", "sgd", sasa_optax.salsa, switched, searches=True
+)
 AVERAGED = behind("average_iterates", "sgd", sasa_optax.average_iterates)
 ADAPTED = behind("adapt_on_progress", "adamw", sasa_optax.adapt_on_progress)
 REDUCED = behind("reduce_on_stationarity", "adamw", sasa_optax.reduce_on_stationarity)
+AVERAGED_ADAMW = behind("average_iterates", "adamw", sasa_optax.average_iterates)
+PLATEAU = behind("reduce_on_plateau", "adamw", optax.contrib.reduce_on_plateau)
+PRODIGY = Case("prodigy", "adamw", lambda: optax.contrib.prodigy())
+SCHEDULE_FREE_SGD = Case(
+    "schedule_free_sgd", "sgd", lambda: optax.contrib.schedule_free_sgd(0.1)
+)
+SCHEDULE_FREE = Case(
+    "schedule_free_adamw", "adamw", lambda: optax.contrib.schedule_free_adamw(1e-3)
+)
 
 CASES = [
     SASA_PLUS,
@@ -74,6 +87,7 @@ CASES = [
         "sgd",
         lambda: sasa_optax.salsa(average=False),
         switched,
+        searches=True,
     ),
     AVERAGED,
     Case(
@@ -83,23 +97,49 @@ CASES = [
     ),
     Case("slope", "sgd", lambda: sasa_optax.slope(1.0)),
     Case("dog", "sgd", lambda: optax.contrib.dog()),
-    Case("schedule_free_sgd", "sgd", lambda: optax.contrib.schedule_free_sgd(0.1)),
+    SCHEDULE_FREE_SGD,
     ADAPTED,
     behind("measure_progress", "adamw", sasa_optax.measure_progress),
     REDUCED,
-    behind("average_iterates", "adamw", sasa_optax.average_iterates),
-    behind("reduce_on_plateau", "adamw", optax.contrib.reduce_on_plateau),
-    Case("prodigy", "adamw", lambda: optax.contrib.prodigy()),
-    Case(
-        "schedule_free_adamw", "adamw", lambda: optax.contrib.schedule_free_adamw(1e-3)
-    ),
+    AVERAGED_ADAMW,
+    PLATEAU,
+    PRODIGY,
+    SCHEDULE_FREE,
 ]
 MODEL_CASES = [
     ADAPTED,
     SASA_PLUS,
     SASA,
-    Case("salsa, searching", "sgd", searching),
+    Case("salsa, searching", "sgd", searching, searches=True),
     SWITCHED,
     REDUCED,
     AVERAGED,
+]
+# The methods that docs/peers.md compares, all beside AdamW.
+PEERS = [
+    Case("sgd, with momentum", "adamw", BASELINES["sgd"]),
+    dataclasses.replace(SCHEDULE_FREE_SGD, baseline="adamw"),
+    SCHEDULE_FREE,
+    PRODIGY,
+    Case("dog", "adamw", lambda: optax.contrib.dog()),
+    Case(
+        "dog, then average_iterates",
+        "adamw",
+        lambda: optax.chain(optax.contrib.dog(), sasa_optax.average_iterates()),
+    ),
+    Case(
+        "mechanize of adamw",
+        "adamw",
+        lambda: optax.contrib.mechanize(BASELINES["adamw"]()),
+    ),
+    Case("dadapt_adamw", "adamw", lambda: optax.contrib.dadapt_adamw()),
+    PLATEAU,
+    AVERAGED_ADAMW,
+    REDUCED,
+    behind(
+        "reduce_on_stationarity, average=True",
+        "adamw",
+        lambda: sasa_optax.reduce_on_stationarity(average=True),
+    ),
+    ADAPTED,
 ]

@@ -1,18 +1,19 @@
 """The optimizer's step alone, and what precedes the first step."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.performance.cases import BASELINES, CASES, Case
+from benchmarks.performance.cases import BASELINES, CASES, PEERS, Case
 from benchmarks.performance.timing import Steps, beside
 from benchmarks.publishing import Row
 
 NUM_LEAVES = 20
+PEERS_SIZES = (10**6, 2 * 10**7)
 
 
 def flat(size: int) -> dict[str, jax.Array]:
@@ -47,32 +48,39 @@ def sum_of_squares(params: Any) -> jax.Array:
     return jnp.stack([jnp.sum(x**2) for x in leaves]).sum()
 
 
-def optimizer_steps(case: Case | str, params: Any) -> Steps:
-    """The update alone, with moments in float32 whatever the parameters are."""
-    if isinstance(case, str):
-        case = Case(case, case, BASELINES[case])
+def update_step(case: Case) -> Callable[[Any, Any], Any]:
+    """The update alone, with gradients in float32 whatever the parameters are."""
     optimizer = optax.with_extra_args_support(case.make())
 
     def step(carry: Any, grads: Any) -> Any:
         params, state = carry
-        extra = {"value": jnp.float32(1), "grad": grads, "value_fn": sum_of_squares}
+        extra: dict[str, Any] = {"value": jnp.float32(1)}
+        if case.searches:
+            extra |= {"grad": grads, "value_fn": sum_of_squares}
         updates, state = optimizer.update(in_float32(grads), state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    state = case.prepare(optimizer.init(in_float32(params)))
+    return step
+
+
+def optimizer_steps(case: Case | str, params: Any) -> Steps:
+    """The update alone, with moments in float32 whatever the parameters are."""
+    if isinstance(case, str):
+        case = Case(case, case, BASELINES[case])
+    state = case.prepare(case.make().init(in_float32(params)))
     grads = jax.tree.map(lambda x: x * 0.01, params)
-    return Steps(step, (params, state), grads)
+    return Steps(update_step(case), (params, state), grads)
 
 
 def tree_bytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def compared(
-    section: str, tree: str, params: Any, rounds: int
+    section: str, tree: str, params: Any, rounds: int, cases: Iterable[Case] = CASES
 ) -> Iterator[tuple[Row, Steps, Steps]]:
     """The row of each case, the steps of its baseline, and its own."""
-    for case in CASES:
+    for case in cases:
         base = optimizer_steps(case.baseline, params)
         steps = optimizer_steps(case, params)
         row = {
@@ -94,6 +102,19 @@ def bench_optimizer(name: str, params: Any, rounds: int) -> Iterator[Row]:
             "bytes": steps.bytes_accessed() / size,
             "baseline_bytes": base.bytes_accessed() / size,
         }
+
+
+def bench_peers(rounds: int) -> Iterator[Row]:
+    """The memory and the time of what docs/peers.md compares, in float32."""
+    for size in PEERS_SIZES:
+        params, tree = flat(size), f"{size:.0e}"
+        rows = compared("peers", tree, params, rounds, PEERS)
+        for case, (row, _, steps) in zip(PEERS, rows, strict=True):
+            state = jax.eval_shape(case.make().init, params)
+            yield row | {
+                "copies": tree_bytes(state) / tree_bytes(params),
+                "temporary": steps.temporary_bytes() / tree_bytes(params),
+            }
 
 
 def many_leaves(num: int) -> list[jax.Array]:

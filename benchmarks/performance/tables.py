@@ -15,8 +15,35 @@ TITLES = {
     "model": "A whole training step",
     "start": "Before the first step",
     "leaves": "Many small leaves",
+    "peers": "Beside AdamW",
 }
-
+# The page that shows a section, and the command that makes it.
+PAGES = {
+    "performance": "make bench",
+    "peers": "python -m benchmarks.performance --sections peers --publish",
+}  # The rows of docs/evidence.md that docs/peers.md quotes, by table.
+QUOTED = {
+    "gaps": (
+        "best tuned",
+        "adamw-cosine",
+        "schedule-free-sgd",
+        "schedule-free-adamw",
+        "prodigy-linear",
+        "dog-averaged",
+        "mechanize-adamw-cosine",
+        "dadapt-adamw-cosine",
+        "adamw-plateau",
+        "adamw-1e-3-averaged",
+        "sgd-constant-averaged",
+        "sasa-plus",
+        "salsa",
+        "adamw-stationarity",
+        "prodigy-stationarity-averaged",
+        "prodigy-progress",
+        "adamw-progress",
+    ),
+    "anytime": ("within the target", "ahead of schedule-free-sgd"),
+}
 
 # The heads of the columns of text, which come first.
 TEXTS = {"parameters", "form", "", "beside"}
@@ -53,9 +80,14 @@ def columns_of(row: Row) -> dict[str, str]:
             "ratio": ratio_cell(row),
         }
     cells = {"parameters": row["tree"], **cells}
+    if row["section"] == "peers":
+        # The window and what else does not grow with the parameters is left out.
+        cells["copies in the state"] = f"{row['copies']:.0f}"
     cells |= {"ms": f"{row['ms']:.3g}", "ratio": ratio_cell(row)}
     if row["section"] == "model":
         return cells | {"temporary memory, MB more": f"{row['temporary_mb']:.1f}"}
+    if row["section"] == "peers":
+        cells["temporary memory"] = f"{100 * row['temporary']:.0f} %"
     if row["section"] == "optimizer":
         known = "temporary" in row
         temporary = f"{100 * row['temporary']:.1f} %" if known else ""
@@ -78,8 +110,23 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def page_content(rows: Sequence[Row], results: str) -> str:
-    made = publishing.made_by("make bench", publishing.newest(rows))
+def quoted(evidence: str) -> dict[str, str]:
+    """The rows of `QUOTED`, below the heads of their tables."""
+    parts = {}
+    for part, names in QUOTED.items():
+        table = evidence.partition(f"<!-- {part} -->")[2]
+        head, rule, *lines = table.partition(f"<!-- /{part} -->")[0].split("\n")[2:-2]
+        rows = {line.split("|")[1].strip(" *"): line for line in lines}
+        parts[part] = "\n".join([head, rule, *(rows[name] for name in names)])
+    return parts
+
+
+def page_of(row: Row) -> str:
+    return row["section"] if row["section"] in PAGES else "performance"
+
+
+def page_content(rows: Sequence[Row], command: str, results: str) -> str:
+    made = publishing.made_by(command, publishing.newest(rows))
     about = (
         f"Every number, and where it comes from, is in `benchmarks/results/{results}`."
     )
