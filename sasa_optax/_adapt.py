@@ -22,7 +22,7 @@ _SETTLING = 128
 # j, a fall is faster by up to 1 + 8 (j / k)^2.
 _CORRECTION = 8.0
 # On a straight line progress starts near zero, so it says nothing before this step.
-_MIN_STEPS = 64
+MIN_STEPS = 64
 # Overshoots and brakes divide the scale by this. The ceiling that they leave behind
 # rises by a factor of exp(1/16) over a horizon.
 _CUT, _CEILING_RISE = 4.0, 1 / 16
@@ -110,7 +110,7 @@ def _change(
     newest_rise = jnp.maximum(state.last_rise, _SETTLING).astype(dtype)
     nearness = jnp.minimum(1, newest_rise / count) ** 2
     down = jnp.clip(_DOWN * error, -_MOST_DOWN, 0) * (1 + _CORRECTION * nearness)
-    has_begun = state.measured.num_walked >= _MIN_STEPS
+    has_begun = state.measured.num_walked >= MIN_STEPS
     return jnp.where(verdict.may_rise, up, 0) + jnp.where(has_begun, down, 0)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from sasa_optax import _plot, _records
+from sasa_optax import _display, _plot, _records
 from sasa_optax._metrics import next_test, read_test, why_no_cut
 from sasa_optax._records import Row
 from sasa_optax._stationarity import TestResult
@@ -344,6 +344,32 @@ class History:
             "`reduce_on_stationarity` after a complete optimizer such as "
             "`optax.adam(1e-3)`."
         ]
+
+    def status(self) -> str:
+        """The newest record in a line: step, loss, rate, progress and what comes next.
+
+        It is plain text, for a terminal, a progress bar or a log. The rate "may" rise
+        or fall, since other conditions than progress must hold as well, and a test runs
+        at the step given at the earliest. Before the first record it says that there is
+        none.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import sasa_optax
+          >>> history = sasa_optax.History()
+          >>> state = sasa_optax.sasa_plus(0.5).init(jnp.zeros(3))
+          >>> _ = history.record(sasa_optax.metrics(state), loss=0.7)
+          >>> history.status()
+          'step 0  loss 0.7  learning rate 0.5  next test at step 8100'
+        """
+        return _display.status(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the newest record, `explain`, and the picture.
+
+        The picture needs matplotlib, and is left out without it.
+        """
+        return _display.as_html(self)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows as CSV, a column for each name that occurs."""

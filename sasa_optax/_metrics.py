@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sasa_optax._adapt import AdaptOnProgressState
+from sasa_optax._adapt import MIN_STEPS, AdaptOnProgressState
 from sasa_optax._controller import ControllerState
 from sasa_optax._line_search import LineSearchState
 from sasa_optax._progress import ProgressState
@@ -43,6 +43,31 @@ def next_test(row: dict[str, Any]) -> str:
     if row["last_drop"]:
         return f"No test since the drop. The next {due}"
     return f"No test yet. The first {due}"
+
+
+def outlook(row: dict[str, Any]) -> list[str]:
+    """What comes next, and why, each in a few words."""
+    parts = []
+    if "progress" in row:
+        parts.append(f"progress {row['progress']:.2g}{_next_move(row)}")
+    if row.get("line_search_active", False):
+        parts.append("searching for the rate")
+    if "next_test" in row:
+        parts.append(f"next test at step {row['next_test']}")
+    return parts
+
+
+def _next_move(row: dict[str, Any]) -> str:
+    """Where progress stands beside its target, if it has one, and what follows."""
+    if "target" not in row:
+        return ""
+    if row["step"] < MIN_STEPS:
+        move = "too early to judge"
+    elif row["progress"] <= row["target"]:
+        move = "may fall"
+    else:
+        move = "may rise" if row["sees_loss"] else "stays without a loss"
+    return f" (target {row['target']:.2g}), {move}"
 
 
 def why_no_cut(test: TestResult) -> str:

@@ -192,7 +192,7 @@ def test_it_rises_above_the_target_and_falls_below_it(x64: None, target: float) 
     count = np.arange(2, 3001)
     settling = (_adapt._SETTLING / count) ** 2
     above = progress > target * (1 + settling)
-    below = (progress < target) & (count >= _adapt._MIN_STEPS)
+    below = (progress < target) & (count >= _adapt.MIN_STEPS)
     error = np.log(progress / target)
     asked = np.maximum(_adapt._DOWN * error, -_adapt._MOST_DOWN)
     asked = asked * _corrections(seen["last_rise"])
@@ -318,13 +318,13 @@ def test_it_does_not_fall_before_the_walk_is_long() -> None:
     """At the start, and after a return. Here a loss that is not finite causes one."""
     # These updates have no momentum, so progress is far below 1.
     optimizer = sasa_optax.adapt_on_progress(0.9)
-    params, bad = jnp.full(20, 100.0, float), _adapt._MIN_STEPS + 50
+    params, bad = jnp.full(20, 100.0, float), _adapt.MIN_STEPS + 50
     losses = np.ones(2 * bad)
     losses[bad - 1] = np.nan
     seen = _stepped(params, optimizer.init(params), losses, 0, momentum=0.9)
     scales = np.array([1.0] + [float(state.scale) for _, state in seen])
     falls = 1 + np.flatnonzero(np.diff(scales) < 0)
-    first, again = np.arange(_adapt._MIN_STEPS, bad), bad + _adapt._MIN_STEPS
+    first, again = np.arange(_adapt.MIN_STEPS, bad), bad + _adapt.MIN_STEPS
     expected = np.append(first, np.arange(again, len(losses) + 1))
     np.testing.assert_array_equal(falls, expected)
 

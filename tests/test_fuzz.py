@@ -334,7 +334,7 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
         num_walked = 0 if returns else min(num_walked + 1, 2**31 - 1)
         assert states.measured.num_walked[k] == num_walked
     fell = (ratios < 1) & ~is_cut
-    assert np.all(states.measured.num_walked[fell] >= _adapt._MIN_STEPS)
+    assert np.all(states.measured.num_walked[fell] >= _adapt.MIN_STEPS)
     # Progress stays the same where the parameters return.
     progress = np.append(first.measured.progress, states.measured.progress)
     returns = is_brake | is_missed
