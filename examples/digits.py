@@ -66,7 +66,8 @@ class Digits:
 
 
 def load() -> Digits:
-    pixels, labels = load_digits(return_X_y=True)
+    # Arrays, but where pandas is installed their types say that they may be frames.
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = (pixels / 16).astype(np.float32)
     rest, test = split(images, labels, 400)
     train, validation = split(*rest, 200)
