@@ -1,0 +1,42 @@
+"""A small GPT on bytes of Linux's documentation."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.evidence import texts
+from benchmarks.evidence.large import corpus
+from benchmarks.evidence.task import Task
+
+
+def gpt(
+    load: Callable[[], dict[str, np.ndarray]] = corpus.linux_documentation,
+    *,
+    width: int = 192,
+    depth: int = 5,
+    context: int = 128,
+    batch_size: int = 4,
+    steps_per_record: int = 150,
+    num_test: int = 128,
+    budget: int = 3000,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Task:
+    """A task on windows of 21 MB, of which it sees a twentieth."""
+    return texts.language_model(
+        "gpt",
+        load(),
+        vocabulary=256,
+        width=width,
+        heads=width // 32,
+        depth=depth,
+        context=context,
+        batch_size=batch_size,
+        steps_per_record=steps_per_record,
+        num_test=num_test,
+        # So far apart that they come from all held-out files.
+        held_out_stride=2048,
+        budgets=(budget,),
+        dtype=dtype,
+    )
