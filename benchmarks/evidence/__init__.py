@@ -9,9 +9,11 @@ what is there is not run again.
     python -m benchmarks.evidence --tasks digits-mlp --methods salsa sgd-cosine
     python -m benchmarks.evidence --methods "salsa(window=Window(leak_ratio=4))"
     python -m benchmarks.evidence --anytime          # also a quarter and a half of it
+    python -m benchmarks.evidence --tier large       # the larger models, hours
     python -m benchmarks.evidence --quick            # does it run? In seconds.
     python -m benchmarks.evidence.search_interval    # the table in docs/salsa.md
 
 A method may have arguments, as in the third line: to compare a candidate for a default
-with the default.
+with the default. The second tier (`--tier large`) has tasks, methods, one seed and
+results of its own: benchmarks/results/evidence-large.jsonl.
 """

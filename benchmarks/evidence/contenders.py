@@ -9,7 +9,7 @@ import jax
 import optax
 
 import sasa_optax
-from benchmarks.evidence.task import Task
+from benchmarks.evidence.task import Params, Task
 from sasa_optax import EquivalenceTest, LineSearch
 
 # Of normalised momentum: 1.0 moves like optax.sgd(0.1, momentum=0.9).
@@ -50,6 +50,7 @@ class Method:
         average; "average", one with polynomial weights; or "averaged_params", that of
         this library.
       sensitivity_rates: the initial rates of the picture; empty where it is not in it.
+      tasks: the only tasks that it is meant for; empty if for all.
     """
 
     make: Make
@@ -58,6 +59,7 @@ class Method:
     knows_horizon: bool = False
     evaluated_at: str = "last"
     sensitivity_rates: tuple[float, ...] = ()
+    tasks: tuple[str, ...] = ()
 
     @property
     def is_tuned(self) -> bool:
@@ -80,6 +82,20 @@ def cosine(s: Setting) -> optax.Schedule:
     return lambda step: s.rate * schedule(step)
 
 
+def wsd(s: Setting) -> optax.Schedule:
+    """Warm-up over 2 % of the steps, then stable, then linear decay over 20 %."""
+    warmup, decay = s.num_steps // 50, s.num_steps // 5
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, 1.0, warmup),
+            optax.constant_schedule(1.0),
+            optax.linear_schedule(1.0, 0.0, decay),
+        ],
+        [warmup, s.num_steps - decay],
+    )
+    return lambda step: s.rate * schedule(step)
+
+
 def linear(s: Setting) -> optax.Schedule:
     return optax.linear_schedule(1.0, 0.0, s.num_steps)
 
@@ -95,10 +111,14 @@ def adam(
     return lambda s: optimizer(schedule(s), weight_decay=s.task.decoupled_decay)
 
 
-def schedule_free(optimizer: Make, decay: str) -> Make:
-    """``decay`` names the kind of weight decay that the optimizer has."""
+def schedule_free(
+    optimizer: Make, decay: str, one_in: int = 20, **arguments: Any
+) -> Make:
+    """``decay`` names the kind of weight decay; one step in ``one_in`` is warm-up."""
     return lambda s: optimizer(
-        warmup_steps=s.num_steps // 20, weight_decay=getattr(s.task, decay)
+        warmup_steps=s.num_steps // one_in,
+        weight_decay=getattr(s.task, decay),
+        **arguments,
     )
 
 
@@ -107,6 +127,32 @@ def dog(s: Setting) -> optax.GradientTransformation:
     init = 1e-4 if s.task.has_running_averages else 1e-6
     return optax.contrib.dog(
         init_step=("heuristic", init), weight_decay=s.task.weight_decay
+    )
+
+
+def muon_axes(params: Params) -> Any:
+    """The axes of a transformer's hidden matrices; None where Adam takes the place."""
+
+    def axes(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        if "blocks" not in name or "kernel" not in name:
+            return None
+        # The heads of attention are inputs of one kernel, and outputs of the others.
+        inputs = x.ndim - 1 if "out" in name else 1
+        every = tuple(range(x.ndim))
+        return optax.contrib.MuonDimensionNumbers(every[:inputs], every[inputs:])
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def muon(s: Setting) -> optax.GradientTransformation:
+    # Rate and decay are those of its author; at 0.02 Adam has its usual 1e-3.
+    return optax.contrib.muon(
+        s.rate,
+        weight_decay=0.01,
+        adam_learning_rate=s.rate / 20,
+        adam_weight_decay=s.task.decoupled_decay,
+        muon_weight_dimension_numbers=muon_axes,
     )
 
 
@@ -235,6 +281,35 @@ METHODS: dict[str, Method] = {
     "prodigy-stationarity-averaged": _averaged(behind(PRODIGY, _reduce, average=True)),
     "sgd-constant-averaged": _averaged(behind(SGD, _average), SGD_RATES),
 }
+SMALL_METHODS = tuple(METHODS)
+METHODS |= {
+    "adamw-progress(learning_rate=0.0001)": _averaged(behind(ADAMW, _adapt), (1e-4,)),
+    "muon-progress": _averaged(behind(muon, _adapt), (0.02,), tasks=("gpt",)),
+    "adamw-wsd": Method(adam(optax.adamw, wsd), ADAM_RATES, knows_horizon=True),
+    # Of the AlgoPerf submission of its authors, arXiv 2405.15682.
+    "schedule-free-adamw-calibrated": Method(
+        schedule_free(
+            optax.contrib.schedule_free_adamw,
+            "decoupled_decay",
+            one_in=50,
+            learning_rate=0.0025,
+            b2=0.9955159689799007,
+        ),
+        knows_horizon=True,
+        evaluated_at="schedule_free",
+    ),
+}
+LARGE_METHODS = (
+    "adamw-cosine",
+    "adamw-wsd",
+    "schedule-free-adamw",
+    "schedule-free-adamw-calibrated",
+    "prodigy-linear",
+    "adamw-progress",
+    "adamw-progress(learning_rate=0.0001)",
+    "prodigy-progress",
+    "muon-progress",
+)
 
 # Compared at a quarter, a half and all of the steps.
 COSINES = "sgd-cosine", "adamw-cosine"
@@ -252,6 +327,9 @@ ANYTIME = (
     "salsa-averaged",
     "adamw-1e-3-averaged",
 )
+
+# In the large tier all methods are compared so.
+LARGE_SCHEDULES = "adamw-cosine", "adamw-wsd"
 
 
 def method_named(name: str) -> Method:

@@ -52,11 +52,17 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     order = {"fashion-mlp": 0, "fashion-cnn": 1, "char-transformer": 2}
     tasks = sorted(args.tasks, key=lambda name: order.get(name, 3))
 
-    def is_wanted(kind: str, task: str, method: str) -> bool:
+    def is_wanted(kind: str, task: str, name: str) -> bool:
+        method = method_named(name)
+        if method.tasks and task not in method.tasks:
+            return False
         if kind == "rates":
-            has_rates = bool(method_named(method).sensitivity_rates)
+            has_rates = bool(method.sensitivity_rates)
             return args.sensitivity and task in SENSITIVITY_TASKS and has_rates
-        return kind == "budgets" or (args.anytime and method in ANYTIME)
+        if args.tier == "large":
+            # The last part is the whole.
+            return kind == "parts"
+        return kind == "budgets" or (args.anytime and name in ANYTIME)
 
     return [
         Job(task, method, args.seeds, args.results, kind)

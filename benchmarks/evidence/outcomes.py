@@ -91,6 +91,10 @@ def best_tuned(found: dict[str, Outcome]) -> Outcome:
     return min(tuned, key=lambda each: each.mean)
 
 
+def has_baseline(found: dict[str, Outcome]) -> bool:
+    return any(map(is_baseline, found))
+
+
 def is_baseline(name: str) -> bool:
     return METHODS[name].is_tuned and not METHODS[name].is_ours
 
@@ -120,18 +124,20 @@ def ranks(found: dict[str, Outcome]) -> dict[str, float]:
     }
 
 
-def best_cosine(rows: Rows, task: Task, budget: int) -> Outcome:
-    """The better of momentum SGD's and AdamW's, each tuned for this budget."""
-    found = outcomes(rows, task, budget, COSINES)
+def best_schedule(
+    rows: Rows, task: Task, budget: int, schedules: Iterable[str] = COSINES
+) -> Outcome:
+    """The best of these methods, each tuned for this budget."""
+    found = outcomes(rows, task, budget, schedules)
     return min(found.values(), key=lambda each: each.mean)
 
 
-def has_anytime(rows: Rows, task: Task) -> bool:
-    """Whether a cosine and `LEADING` were run for a quarter, a half and all of it."""
+def has_anytime(rows: Rows, task: Task, schedules: Iterable[str] = COSINES) -> bool:
+    """Whether a schedule and `LEADING` were run for a quarter, a half and all of it."""
     return all(
         bool(outcomes(rows, task, budget, names))
         for budget in task.parts
-        for names in (COSINES, [LEADING])
+        for names in (schedules, [LEADING])
     )
 
 

@@ -84,7 +84,7 @@ def anytime(rows: Rows, tasks: list[Task]) -> Figure:
     def draw(ax: Axes, task: Task) -> None:
         ends = []
         for budget in task.parts:
-            best = outcomes.best_cosine(rows, task, budget)
+            best = outcomes.best_schedule(rows, task, budget)
             label = "the best cosine, tuned for each of three budgets"
             draw_test(ax, best, "k--", label)
             ends.append((budget, best.mean))

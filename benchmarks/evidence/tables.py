@@ -2,15 +2,23 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from benchmarks.evidence import outcomes
-from benchmarks.evidence.contenders import ANYTIME, COSINES, METHODS
+from benchmarks.evidence.contenders import (
+    ANYTIME,
+    COSINES,
+    LARGE_METHODS,
+    LARGE_SCHEDULES,
+    METHODS,
+)
 from benchmarks.evidence.outcomes import Outcome, Rows
 from benchmarks.evidence.task import Task
 from benchmarks.publishing import markdown
 
 # The methods with which all others are compared at each moment.
 RIVALS = "schedule-free-sgd", "schedule-free-adamw", "prodigy-linear"
+LARGE_RIVALS = "schedule-free-adamw-calibrated", "prodigy-linear"
 
 
 def short(x: float) -> str:
@@ -57,9 +65,10 @@ def gaps_table(rows: Rows, tasks: list[Task]) -> str:
     best = [outcomes.best_tuned(found[task.name]) for task in tasks]
     head = ["best tuned"] + [f"{short(each.mean)} ({each.method})" for each in best]
     names = [task.name for task in tasks]
+    run = [name for name in METHODS if any(name in each for each in found.values())]
     return markdown(
         ["", *names, "within the target", "mean rank"],
-        [[*head, "", ""], *[line(name) for name in METHODS]],
+        [[*head, "", ""], *map(line, run)],
     )
 
 
@@ -102,22 +111,29 @@ def budgets_table(rows: Rows, task: Task) -> str:
     return markdown(heads, map(line, names))
 
 
-def anytime_table(rows: Rows, tasks: list[Task]) -> str:
-    """The gaps to the best cosine of a quarter, a half and all of the steps."""
-    names = [name for name in ANYTIME if name not in COSINES]
+def anytime_table(
+    rows: Rows,
+    tasks: list[Task],
+    methods: Sequence[str] = ANYTIME,
+    schedules: Sequence[str] = COSINES,
+    rivals: Sequence[str] = RIVALS,
+    kind: str = "cosine",
+) -> str:
+    """The gaps to the best schedule of a quarter, a half and all of the steps."""
+    names = [name for name in methods if name not in schedules]
     close: dict[str, list[bool]] = {name: [] for name in names}
     ahead: dict[str, dict[str, list[bool]]] = {
-        rival: {name: [] for name in names} for rival in RIVALS
+        rival: {name: [] for name in names} for rival in rivals
     }
     body = []
     for task, budget in [(each, part) for each in tasks for part in each.parts]:
-        best = outcomes.best_cosine(rows, task, budget)
+        best = outcomes.best_schedule(rows, task, budget, schedules)
         found = outcomes.outcomes(rows, task, budget, names)
         for name, each in found.items():
             close[name].append(
                 outcomes.gap(task, each, best) <= outcomes.tolerance(task)
             )
-            for rival in found.keys() & set(RIVALS):
+            for rival in found.keys() & set(rivals):
                 ahead[rival][name].append(each.mean < found[rival].mean)
         cells = [
             gap_cell(task, found[name], best) if name in found else "-"
@@ -128,9 +144,9 @@ def anytime_table(rows: Rows, tasks: list[Task]) -> str:
     counts = [["within the target", "", *[count(close[name]) for name in names]]]
     counts += [
         [f"ahead of {rival}", "", *[count(ahead[rival][name]) for name in names]]
-        for rival in RIVALS
+        for rival in rivals
     ]
-    heads = ["task, steps", "best cosine", *map(name_of, names)]
+    heads = ["task, steps", f"best {kind}", *map(name_of, names)]
     return markdown(heads, body + counts)
 
 
@@ -141,14 +157,14 @@ def count(cases: list[bool]) -> str:
 def task_table(rows: Rows, task: Task) -> str:
     """Every method on a task at its largest budget, the best first."""
     found = outcomes.outcomes(rows, task, task.budgets[-1])
-    best = outcomes.best_tuned(found)
+    best = outcomes.best_tuned(found) if outcomes.has_baseline(found) else None
 
     def line(each: Outcome) -> list[str]:
         return [
             name_of(each.method),
             f"{each.rate:g}",
             f"{short(each.mean)} ± {short(each.spread)}",
-            gap_cell(task, each, best),
+            "-" if best is None else gap_cell(task, each, best),
             short(statistics.mean(each.train)),
             short(statistics.mean(each.area)),
             f"{statistics.mean(each.seconds):.1f}",
@@ -170,7 +186,24 @@ def page_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
     tables["anytime"] = anytime_table(rows, complete)
     several = [task for task in tasks if len(task.budgets) > 1]
     tables["budgets"] = "\n\n".join(budgets_table(rows, task) for task in several)
-    tables["tasks"] = "\n\n".join(
-        f"### {task.name}\n\n{task_table(rows, task)}" for task in tasks
-    )
+    tables["tasks"] = task_tables(rows, tasks)
     return tables
+
+
+def task_tables(rows: Rows, tasks: list[Task]) -> str:
+    return "\n\n".join(f"### {task.name}\n\n{task_table(rows, task)}" for task in tasks)
+
+
+def large_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
+    """The tables of the second tier; a task without runs is in none of them."""
+    run = [task for task in tasks if outcomes.outcomes(rows, task, task.budgets[-1])]
+    complete = [
+        task for task in run if outcomes.has_anytime(rows, task, LARGE_SCHEDULES)
+    ]
+    anytime = anytime_table(
+        rows, complete, LARGE_METHODS, LARGE_SCHEDULES, LARGE_RIVALS, "schedule"
+    )
+    return {
+        "large-anytime": anytime if complete else "",
+        "large-tasks": task_tables(rows, run),
+    }

@@ -40,6 +40,8 @@ class Task:
       weight_decay: the coupled decay of momentum SGD.
       decoupled_decay: the decay of AdamW and its kin.
       has_running_averages: whether an averaged model needs running averages of its own.
+      clip_norm: the global norm to which gradients are clipped before any optimizer.
+      gives_value: whether the optimizer is given the loss, as ``value``.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Task:
     weight_decay: float = 0.0
     decoupled_decay: float = 0.0
     has_running_averages: bool = False
+    clip_norm: float | None = None
+    gives_value: bool = True
 
     @property
     def parts(self) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
-"""The tasks of the evidence suite by name: small, of several kinds, all offline."""
+"""The tasks of the evidence suite by name, in two tiers: all offline."""
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 
 from benchmarks.evidence import images, streams, texts
@@ -18,6 +19,29 @@ TASKS: dict[str, Callable[[], Task]] = {
     "least-squares": streams.least_squares,
     "factorization": streams.factorization,
 }
+
+
+def _large(module: str, name: str) -> Callable[[], Task]:
+    """Imported when it is made, as some need packages that no small task needs."""
+
+    def make() -> Task:
+        imported = importlib.import_module(f"benchmarks.evidence.large.{module}")
+        return getattr(imported, name)()
+
+    return make
+
+
+LARGE: dict[str, Callable[[], Task]] = {
+    "gpt": _large("gpt", "gpt"),
+    "resnet": _large("resnet", "resnet"),
+    "lstm": _large("lstm", "lstm"),
+    "flights": _large("flights", "flights"),
+    "wordnet": _large("graph", "wordnet"),
+    "stems": _large("stems", "stems"),
+    "diffusion": _large("diffusion", "diffusion"),
+    "cartpole": _large("cartpole", "cartpole"),
+    "cartpole-without-value": _large("cartpole", "cartpole_without_value"),
+}
 # A name of its own, so that its runs are never taken for those of the suite.
 QUICK = "quick"
 
@@ -28,4 +52,7 @@ def task_named(name: str) -> Task:
         task = images.digits_logistic()
         budgets = (2 * task.steps_per_record,)
         return dataclasses.replace(task, name=QUICK, budgets=budgets)
-    return TASKS[name]()
+    known = TASKS | LARGE
+    if name not in known:
+        raise SystemExit(f"task must be one of {', '.join(known)}, got {name!r}.")
+    return known[name]()

@@ -21,18 +21,32 @@ from benchmarks.evidence.task import (
 )
 from examples import char_lm
 
+Dtype = jax.typing.DTypeLike
+
 
 class Transformer(nnx.Module):
-    """Two pre-norm blocks over the characters of a short context."""
+    """Pre-norm blocks over the characters of a short context.
+
+    ``dtype`` is that of the activations. The parameters are float32.
+    """
 
     def __init__(
-        self, vocabulary: int, width: int, heads: int, context: int, rngs: nnx.Rngs
+        self,
+        vocabulary: int,
+        width: int,
+        heads: int,
+        depth: int,
+        context: int,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.position = nnx.Embed(context, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(2)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.logits = nnx.Linear(width, vocabulary, rngs=rngs)
+        made: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.embedding = nnx.Embed(vocabulary, width, **made)
+        self.position = nnx.Embed(context, width, **made)
+        blocks = [Block(width, heads, dtype, rngs) for _ in range(depth)]
+        self.blocks = nnx.List(blocks)
+        self.norm = nnx.LayerNorm(width, **made)
+        self.logits = nnx.Linear(width, vocabulary, **made)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
@@ -42,14 +56,15 @@ class Transformer(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, num_heads: int, rngs: nnx.Rngs) -> None:
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(
-            num_heads, width, decode=False, rngs=rngs
-        )
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.wide = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.narrow = nnx.Linear(4 * width, width, rngs=rngs)
+    def __init__(
+        self, width: int, num_heads: int, dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        made: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(width, **made)
+        self.attention = nnx.MultiHeadAttention(num_heads, width, decode=False, **made)
+        self.norm2 = nnx.LayerNorm(width, **made)
+        self.wide = nnx.Linear(width, 4 * width, **made)
+        self.narrow = nnx.Linear(4 * width, width, **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         mask = nnx.make_causal_mask(x[..., 0])
@@ -69,12 +84,19 @@ def language_model(
     steps_per_record: int,
     num_test: int,
     budgets: tuple[int, ...],
+    depth: int = 2,
+    held_out_stride: int | None = None,
+    dtype: Dtype = jnp.float32,
 ) -> Task:
-    """A transformer on windows of a text, drawn at random."""
+    """A transformer on windows of a text, drawn at random.
+
+    Held-out windows start every ``held_out_stride`` tokens, by default one after the
+    other.
+    """
     # There are no epochs here. But a method of this library that is told nothing does
     # nothing in so short a run, so it is told the steps between two evaluations.
     held_out = texts["held_out"]
-    starts = np.arange(0, len(held_out) - context - 1, context)
+    starts = np.arange(0, len(held_out) - context - 1, held_out_stride or context)
     windows = held_out[starts[:, None] + np.arange(context + 1)]
     others = np.delete(windows, slice(None, None, 4), axis=0)
     data = {
@@ -90,22 +112,32 @@ def language_model(
 
     def windows_loss(model: Any, tokens: jax.Array) -> jax.Array:
         tokens = tokens.astype(jnp.int32)
-        return cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+        logits = model(tokens[:, :-1]).astype(jnp.float32)
+        return cross_entropy(logits, tokens[:, 1:])
 
     def loss_fn(model: Any, starts: jax.Array, data: Data) -> jax.Array:
         index = starts[:, None] + jnp.arange(context + 1)
         return windows_loss(model, data["train"][index])
 
-    make = functools.partial(Transformer, vocabulary, width, heads, context)
+    make = functools.partial(
+        Transformer, vocabulary, width, heads, depth, context, dtype
+    )
     functions = model_functions(make, loss_fn)
     predict = functions.pop("predict")
 
     def evaluate(params: Params, rest: Rest, data: Data) -> tuple[jax.Array, jax.Array]:
         model = functools.partial(predict, params, rest)
-        return (
-            windows_loss(model, data["validation"]),
-            windows_loss(model, data["test"]),
-        )
+
+        def mean_loss(windows: jax.Array) -> jax.Array:
+            # Some after the others, so that they stay in the cache.
+            losses = jax.lax.map(
+                lambda window: windows_loss(model, window[None]),
+                windows,
+                batch_size=batch_size,
+            )
+            return losses.mean()
+
+        return mean_loss(data["validation"]), mean_loss(data["test"])
 
     return Task(
         name=name,

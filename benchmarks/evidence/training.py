@@ -37,12 +37,13 @@ def step_fn(task: Task, method: Method, optimizer: Any, data: Any) -> Callable:
         # With dropout, this loss is not the one that a line search evaluates.
         searches = optax.tree.get(opt_state, "line_search_active") is not None
         is_random = bool(jax.tree.leaves(rest))
+        is_given = task.gives_value and not (searches and is_random)
         updates, opt_state = optimizer.update(
             grads,
             opt_state,
             params,
             grad=grads,
-            value=None if searches and is_random else loss,
+            value=loss if is_given else None,
             value_fn=lambda params: task.value(params, rest, batch, data),
         )
         params = optax.apply_updates(params, updates)
@@ -59,7 +60,8 @@ def evaluated(
     """The metrics on validation and test data, where the method is evaluated."""
     params, rest = carry.params, carry.rest
     if method.evaluated_at == "schedule_free":
-        params = optax.contrib.schedule_free_eval_params(carry.opt_state, params)
+        (state,) = states_of(carry.opt_state, optax.contrib.ScheduleFreeState)
+        params = optax.contrib.schedule_free_eval_params(state, params)
     elif method.evaluated_at == "average":
         params = carry.average
     elif method.evaluated_at == "averaged_params":
@@ -75,6 +77,15 @@ def evaluated(
     return task.evaluate(params, rest, data)
 
 
+def states_of(opt_state: Any, kinds: type | tuple[type, ...]) -> list[Any]:
+    """The parts of a state that are of these kinds."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    return list(filter(is_one, jax.tree.leaves(opt_state, is_leaf=is_one)))
+
+
 def rate_of(opt_state: Any, rate: jax.Array) -> jax.Array:
     """The rate now: what a controller has made of it, else the given one."""
     kinds = (
@@ -82,11 +93,9 @@ def rate_of(opt_state: Any, rate: jax.Array) -> jax.Array:
         sasa_optax.ControllerState,
         optax.contrib.ReduceLROnPlateauState,
     )
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
-    for node in nodes:
-        if isinstance(node, kinds):
-            now = getattr(node, "learning_rate", None)
-            return rate * node.scale if now is None else now
+    for state in states_of(opt_state, kinds):
+        now = getattr(state, "learning_rate", None)
+        return rate * state.scale if now is None else now
     return rate
 
 
@@ -125,9 +134,11 @@ def run_fn(task: Task, method: Method, num_steps: int) -> Callable:
     """A function from a rate, a key and initial parameters to the curves of a run."""
 
     def run(rate: jax.Array, key: jax.Array, params: Any, rest: Any, data: Any) -> Any:
-        optimizer = optax.with_extra_args_support(
-            method.make(Setting(rate, num_steps, task))
-        )
+        optimizer = method.make(Setting(rate, num_steps, task))
+        if task.clip_norm is not None:
+            clip = optax.clip_by_global_norm(task.clip_norm)
+            optimizer = optax.chain(clip, optimizer)
+        optimizer = optax.with_extra_args_support(optimizer)
         carry = start(params, rest, optimizer, method)
         keys = jax.random.split(key, num_steps // task.steps_per_record)
         record = record_fn(task, method, optimizer, rate, data)
