@@ -1,0 +1,1 @@
+"""The second tier of the evidence suite: larger models, minutes a run, one seed."""
