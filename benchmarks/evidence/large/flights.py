@@ -72,7 +72,7 @@ def load(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     flights = pd.read_csv(path)
     dates = pd.to_datetime(flights[["year", "month", "day"]])
     flights = flights.assign(
-        weekday=dates.dt.dayofweek,
+        weekday=dates.dt.day_of_week,
         before=shares_late(flights, ["origin"], 1),
         before_that=shares_late(flights, ["origin"], 2),
         carrier_before=shares_late(flights, ["origin", "carrier"], 1),
@@ -85,7 +85,7 @@ def load(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     ]
     rows = np.stack([column % TABLE_SIZE for column in columns], axis=1)
     late = flights["arr_delay"].to_numpy() > MINUTES_LATE
-    days = np.random.default_rng(0).permutation(366)[dates.dt.dayofyear[arrived] - 1]
+    days = np.random.default_rng(0).permutation(366)[dates.dt.day_of_year[arrived] - 1]
     parts = {"validation": days % 10 == 0, "test": days % 10 == 1}
     parts["train"] = days % 10 > 1
     return {
