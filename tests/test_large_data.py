@@ -79,7 +79,7 @@ def _written(made: pd.DataFrame, folder: pathlib.Path) -> pathlib.Path:
 
 def test_flights_are_a_table_with_an_embedding(tmp_path: pathlib.Path) -> None:
     path = _written(_made_flights(), tmp_path)
-    task = flights.flights(path, batch_size=32)
+    task = flights.flights(path, steps_per_record=2)
     params, rest = _check_two_records(task)
     weights = _parameters(params)
     rows, late = map(np.asarray, task.data["test"])
@@ -203,7 +203,9 @@ def test_whole_families_of_words_are_held_out(tmp_path: pathlib.Path) -> None:
 
 
 def test_stems_are_decoded_letter_by_letter(tmp_path: pathlib.Path) -> None:
-    task = stems.stems(_word_lists(tmp_path), hidden=8, batch_size=4)
+    task = stems.stems(
+        _word_lists(tmp_path), hidden=8, batch_size=4, steps_per_record=2
+    )
     params, rest = _check_two_records(task)
     model = stems.Stemmer(stems.load(tmp_path).num_tokens, 32, 8, nnx.Rngs(0))
     words, outputs = task.data["train"]

@@ -112,14 +112,17 @@ class Network(nnx.Module):
 def flights(
     path: pathlib.Path | None = None,
     *,
-    batch_size: int = 64,
+    batch_size: int = 16,
+    steps_per_record: int = 1000,
     records: int = 20,
 ) -> Task:
-    """A task with sparse gradients: a step touches few rows of the table."""
+    """A task with sparse gradients: a step touches few rows of the table.
+
+    It ends soon after an epoch, as click models do, since a second one overfits.
+    """
     arrays = load(find_data() if path is None else path)
     data = jax.tree.map(jnp.asarray, arrays)
     num_rows = len(arrays["train"][1])
-    steps_per_record = num_rows // batch_size // 4
 
     def draw(key: jax.Array, data: Data) -> Batch:
         del data
@@ -148,7 +151,7 @@ def flights(
         data=data,
         draw=draw,
         evaluate=evaluate,
-        steps_per_epoch=4 * steps_per_record,
+        steps_per_epoch=num_rows // batch_size,
         steps_per_record=steps_per_record,
         budgets=(records * steps_per_record,),
         decoupled_decay=0.1,

@@ -124,8 +124,9 @@ def stems(
     *,
     width: int = 32,
     hidden: int = 128,
-    batch_size: int = 64,
+    batch_size: int = 32,
     num_test: int = 4096,
+    steps_per_record: int = 400,
     records: int = 20,
 ) -> Task:
     """A task on the word lists of the Snowball stemmers, of four languages."""
@@ -137,7 +138,6 @@ def stems(
         rows = rng.permutation(len(pairs[0]))[:size]
         data[part] = tuple(jnp.asarray(array[rows]) for array in pairs)
     num_rows = len(loaded.train[0])
-    steps_per_record = num_rows // batch_size // 4
 
     def draw(key: jax.Array, data: Data) -> Batch:
         del data
@@ -169,7 +169,7 @@ def stems(
         data=data,
         draw=draw,
         evaluate=evaluate,
-        steps_per_epoch=4 * steps_per_record,
+        steps_per_epoch=num_rows // batch_size,
         steps_per_record=steps_per_record,
         budgets=(records * steps_per_record,),
         decoupled_decay=0.01,
