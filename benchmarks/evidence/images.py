@@ -86,6 +86,7 @@ def classification(
         name=name,
         unit="% error",
         tolerance=0.3,
+        has_absolute_tolerance=True,
         data=data,
         draw=draw,
         evaluate=evaluate,

@@ -1,1 +1,1 @@
-"""The second tier of the evidence suite: larger tasks, each an hour on two cores."""
+"""The second tier of the evidence suite: larger models, minutes a run, one seed."""
