@@ -47,7 +47,7 @@ def _curves(task: Task, rate: float, method: str = "adamw-1e-3") -> dict[str, An
 def test_images_that_are_missing_say_how_to_install_them(
     make: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fashion_mnist, "MIRRORS", ())
+    monkeypatch.setattr(fashion_mnist, "MIRRORS", ("file:///nowhere",))
     with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
         make(tmp_path)
 

@@ -54,7 +54,7 @@ class Block(nnx.Module):
 
 
 class Denoiser(nnx.Module):
-    """The noise in patches (n, 49, 16) at times (n,)."""
+    """The noise in patches, (n, 49, 16), of images at times (n,)."""
 
     def __init__(self, width: int, depth: int, num_heads: int, rngs: nnx.Rngs) -> None:
         pixels = PATCH * PATCH
@@ -65,7 +65,8 @@ class Denoiser(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.noise = nnx.Linear(width, pixels, rngs=rngs)
 
-    def __call__(self, x: jax.Array, times: jax.Array) -> jax.Array:
+    def __call__(self, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, times = inputs
         angles = times[:, None] * jnp.geomspace(1.0, 1000.0, FREQUENCIES)
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         time = self.time(waves)
@@ -111,7 +112,8 @@ def diffusion(
     def squared_error(
         model: Any, clean: jax.Array, noise: jax.Array, times: jax.Array
     ) -> jax.Array:
-        return jnp.mean((model(noisy(clean, noise, times), times) - noise) ** 2)
+        predicted = model((noisy(clean, noise, times), times))
+        return jnp.mean((predicted - noise) ** 2)
 
     def loss_fn(model: Any, batch: Batch, data: Data) -> jax.Array:
         rows, key = batch
