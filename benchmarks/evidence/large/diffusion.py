@@ -86,11 +86,11 @@ def drawn(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
 def diffusion(
     folder: pathlib.Path | None = None,
     *,
-    width: int = 64,
+    width: int = 48,
     depth: int = 3,
     num_heads: int = 4,
     batch_size: int = 64,
-    steps_per_record: int = 100,
+    steps_per_record: int = 125,
     budget: int = 2000,
 ) -> Task:
     """All training images but the 5000 of validation. ``folder`` has the files.
