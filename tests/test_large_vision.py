@@ -96,7 +96,7 @@ def test_a_diffusion_model_is_evaluated_at_fixed_noise(folder: pathlib.Path) -> 
     for name, images in [("validation", slice(250, 300)), ("test", slice(0, 40))]:
         file = fashion_mnist.FILES[0 if name == "validation" else 2]
         clean = fashion_mnist.read_idx(folder / file)[images] / 127.5 - 1
-        noise, times = map(np.float64, task.data[name][1:])
+        noise, times = (np.asarray(x, np.float64) for x in task.data[name][1:])
         angles = np.pi / 2 * times
         error = 0.0
         for i, j in np.ndindex(7, 7):

@@ -216,7 +216,8 @@ def cartpole(
         start_key, key = jax.random.split(jax.random.key(seed))
         ages = jnp.zeros(num_environments, jnp.int32)
         fresh = Environments(start(start_key, num_environments), ages)
-        return params, Carried(*act(params, fresh, key), jnp.zeros((), jnp.int32))
+        environments, transitions = act(params, fresh, key)
+        return params, Carried(environments, transitions, jnp.zeros((), jnp.int32))
 
     def draw(key: jax.Array, data: Data) -> Batch:
         del data
@@ -236,12 +237,13 @@ def cartpole(
         num_updates = rest.num_updates + 1
         # These are for the next step, so that the loss of each step is a function of
         # its parameters. The policy that acts is one update old, as its ratios know.
-        acted = jax.lax.cond(
+        environments, transitions = jax.lax.cond(
             num_updates % updates_per_rollout == 0,
             lambda: act(params, rest.environments, batch[1]),
             lambda: (rest.environments, rest.transitions),
         )
-        return value(params, rest, batch, data), Carried(*acted, num_updates)
+        carried = Carried(environments, transitions, num_updates)
+        return value(params, rest, batch, data), carried
 
     def evaluate(params: Params, rest: Rest, data: Data) -> tuple[jax.Array, jax.Array]:
         del rest
