@@ -41,10 +41,13 @@ def classification(
     batch_size: int,
     epochs: tuple[int, ...],
     epochs_per_record: int,
-    shift: bool = False,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     **fields: Any,
 ) -> Task:
-    """A task on images; ``splits`` has `train`, `validation` and `test`."""
+    """A task on images; ``splits`` has `train`, `validation` and `test`.
+
+    ``augment`` maps the images of a mini-batch and a key to those that are trained on.
+    """
     data = {
         name: tuple(jnp.asarray(x) for x in getattr(splits, name))
         for name in ("train", "validation", "test")
@@ -53,14 +56,14 @@ def classification(
 
     def draw(key: jax.Array, data: Data) -> Batch:
         del data
-        rows_key, shift_key = jax.random.split(key)
+        rows_key, augment_key = jax.random.split(key)
         rows = shuffled_rows(rows_key, num_rows, batch_size, epochs_per_record)
-        return rows, jax.random.split(shift_key, len(rows))
+        return rows, jax.random.split(augment_key, len(rows))
 
     def loss_fn(model: Any, batch: Batch, data: Data) -> jax.Array:
         rows, key = batch
         images, labels = (array[rows] for array in data["train"])
-        images = digits.shift(images, key) if shift else images
+        images = images if augment is None else augment(images, key)
         return cross_entropy(model(images), labels)
 
     functions = model_functions(make, loss_fn)
@@ -83,6 +86,7 @@ def classification(
         name=name,
         unit="% error",
         tolerance=0.3,
+        has_absolute_tolerance=True,
         data=data,
         draw=draw,
         evaluate=evaluate,
@@ -180,7 +184,7 @@ def digits_mlp() -> Task:
         batch_size=64,
         epochs=(400,),
         epochs_per_record=20,
-        shift=True,
+        augment=digits.shift,
         weight_decay=1e-3,
         decoupled_decay=0.1,
     )

@@ -100,17 +100,15 @@ def is_baseline(name: str) -> bool:
 
 
 def gap(task: Task, mine: Outcome, best: Outcome) -> float:
-    """The distance in the unit of `tolerance`: points, or percent of the best loss."""
+    """The distance in the unit of the metric, or in percent of the best loss."""
     difference = mine.mean - best.mean
-    return difference if is_error(task) else 100 * difference / abs(best.mean)
+    if task.has_absolute_tolerance:
+        return difference
+    return 100 * difference / abs(best.mean)
 
 
 def tolerance(task: Task) -> float:
-    return task.tolerance if is_error(task) else 100 * task.tolerance
-
-
-def is_error(task: Task) -> bool:
-    return task.unit == "% error"
+    return task.tolerance if task.has_absolute_tolerance else 100 * task.tolerance
 
 
 def ranks(found: dict[str, Outcome]) -> dict[str, float]:

@@ -25,8 +25,8 @@ class Task:
     Attributes:
       name: the name in the results.
       unit: the unit of the test metric, which is better the smaller it is.
-      tolerance: the distance from the best tuned baseline that counts as none: in
-        points if the unit is "% error", else as a share of the best loss.
+      tolerance: the distance from the best tuned baseline that counts as none: in the
+        unit of the metric if it is absolute, else as a share of the best loss.
       data: arrays on the device.
       init: maps a seed to the parameters and the rest of the model.
       draw: maps a key and the data to the mini-batches of a record.
@@ -42,6 +42,7 @@ class Task:
       has_running_averages: whether an averaged model needs running averages of its own.
       clip_norm: the global norm to which gradients are clipped before any optimizer.
       gives_value: whether the optimizer is given the loss, as ``value``.
+      has_absolute_tolerance: see `tolerance`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     has_running_averages: bool = False
     clip_norm: float | None = None
     gives_value: bool = True
+    has_absolute_tolerance: bool = False
 
     @property
     def parts(self) -> tuple[int, int, int]:
