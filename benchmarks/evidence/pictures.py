@@ -72,7 +72,8 @@ def curves(rows: Rows, tasks: list[Task]) -> Figure:
             if name in found:
                 draw_test(ax, found[name], f"C{color}-", name)
         ax.set(ylabel=f"test, {task.unit}", xlabel="step")
-        height = abs(best.mean)
+        # A best of zero has no height.
+        height = max(abs(best.mean), task.tolerance)
         ax.set_ylim(best.mean - 0.1 * height, best.mean + height)
 
     return grid(tasks, draw)
@@ -93,7 +94,8 @@ def anytime(rows: Rows, tasks: list[Task]) -> Figure:
         for name, each in found.items():
             draw_test(ax, each, *SHOWN_ANYTIME[name])
         ax.set(ylabel=f"test, {task.unit}", xlabel="step")
-        least, height = min(end for _, end in ends), abs(ends[-1][1])
+        least = min(end for _, end in ends)
+        height = max(abs(ends[-1][1]), task.tolerance)
         ax.set_ylim(least - 0.05 * height, least + 0.6 * height)
 
     return grid(tasks, draw)

@@ -180,6 +180,7 @@ def wordnet(
     return Task(
         name="wordnet",
         unit="% error",
+        has_absolute_tolerance=True,
         tolerance=0.3,
         data=data,
         draw=draw,

@@ -165,6 +165,7 @@ def stems(
     return Task(
         name="stems",
         unit="% error",
+        has_absolute_tolerance=True,
         tolerance=0.3,
         data=data,
         draw=draw,
