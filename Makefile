@@ -74,7 +74,8 @@ test-docs: docs  ## Opens every page of the site in Chromium.
 	$(BIN)/python -m pytest -q docs/tests
 
 clean:
-	rm -rf .venv .venv-oldest .venv-statopt .docs_cache docs/_wheel demo site
+	rm -rf .venv .venv-oldest .venv-statopt .docs_cache docs/_wheel jupyter_execute \
+		demo site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -14,7 +14,7 @@ import sasa_optax
 _DOCS = pathlib.Path(__file__).parent
 
 project = "sasa_optax"
-author = "The sasa_optax authors"
+author = copyright = "The sasa_optax authors"
 version = release = sasa_optax.__version__
 extensions = [
     "myst_nb",
@@ -31,6 +31,7 @@ html_title = "sasa_optax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_theme_options = {"top_of_page_buttons": []}
 # Names in single backticks are code; `_link_names` makes links of those that it knows.
 default_role = "code"
 autodoc_typehints = "none"

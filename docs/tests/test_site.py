@@ -94,35 +94,28 @@ def test_the_site_has_been_built() -> None:
     assert _PAGES, "There is no site: `make docs` builds it."
 
 
-@widths
-@pages
-def test_page(page: Page, name: str, width: int) -> None:
-    _open(page, name, width)
-    broken = page.evaluate(
-        "[...document.images].filter(x => !(x.complete && x.naturalWidth)).map(x => x.src)"
-    )
-    assert broken == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+def _assert_fits(page: Page) -> None:
+    """Wide things scroll in a box of their own, and the page stays where it is."""
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
-@pages
-def test_formulas_are_rendered(page: Page, name: str) -> None:
-    _open(page, name, _DESKTOP)
-    formulas = page.locator(".math")
-    assert page.locator("mjx-container").count() == formulas.count()
+def _assert_no_image_is_broken(page: Page) -> None:
+    images = page.evaluate("[...document.images].map(x => [x.src, x.naturalWidth])")
+    assert [source for source, width in images if width == 0] == []
+
+
+def _assert_formulas_are_rendered(page: Page) -> None:
+    formulas = page.locator(".math").count()
+    assert page.locator("mjx-container").count() == formulas
     assert page.locator("mjx-merror").count() == 0
-    text = page.locator("article").first.inner_text()
-    assert not re.search(r"\\\(|\\\[|\$\$", text) or "_modules" in name
 
 
-@pages
-def test_tables_fit_a_desktop(page: Page, name: str) -> None:
-    _open(page, name, _DESKTOP)
-    excesses = page.evaluate(
+def _assert_tables_fit(page: Page) -> None:
+    tables = page.evaluate(
         "[...document.querySelectorAll('.table-wrapper')]"
         ".map(x => [x.innerText.slice(0, 60), x.scrollWidth - x.clientWidth])"
     )
-    assert [excess for excess in excesses if excess[1] > 0] == []
+    assert [table for table in tables if table[1] > 0] == []
 
 
 @functools.cache
@@ -130,20 +123,36 @@ def _ids(path: pathlib.Path) -> set[str]:
     return set(re.findall(r'\bid="([^"]+)"', path.read_text(encoding="utf-8")))
 
 
-@pages
-def test_links_lead_somewhere(page: Page, address: str, name: str) -> None:
-    _open(page, name, _DESKTOP)
+def _assert_links_lead_somewhere(page: Page, address: str) -> None:
     links = page.evaluate("[...document.querySelectorAll('a[href]')].map(x => x.href)")
     for link in set(links):
-        url = urllib.parse.urlsplit(link)
+        url = urllib.parse.urlsplit(urllib.parse.unquote(link))
         if not link.startswith(address):
             assert url.scheme == "https", link
             continue
-        target = _SITE / urllib.parse.unquote(url.path).removeprefix("/")
+        target = _SITE / url.path.removeprefix("/")
         target = target / "index.html" if target.is_dir() else target
         assert target.is_file(), link
         if url.fragment and target.suffix == ".html":
-            assert urllib.parse.unquote(url.fragment) in _ids(target), link
+            assert url.fragment in _ids(target), link
+
+
+@pages
+def test_page_on_a_desktop(page: Page, address: str, name: str) -> None:
+    _open(page, name, _DESKTOP)
+    _assert_fits(page)
+    _assert_no_image_is_broken(page)
+    _assert_formulas_are_rendered(page)
+    _assert_tables_fit(page)
+    _assert_links_lead_somewhere(page, address)
+
+
+@pages
+def test_page_on_a_phone(page: Page, name: str) -> None:
+    _open(page, name, _PHONE)
+    _assert_fits(page)
+    _assert_no_image_is_broken(page)
+    _assert_formulas_are_rendered(page)
 
 
 def test_the_search_finds_a_name(page: Page) -> None:
