@@ -66,7 +66,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(_DOCS.parent / ".docs_cache" / _sources()[:16])
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_merge_streams = True
 
 # `make docs` puts it there, so the site installs the package that it describes.
