@@ -6,7 +6,7 @@ WORKERS ?= 2
 
 .PHONY: demo test check pytest matrix test-slow test-one-device \
 	test-oldest calibration collapse bench evidence evidence-large papers validity \
-	docs release-check release clean
+	docs docs-serve test-docs release-check release clean
 
 demo: $(VENV)/.examples  ## Train on real data, with a table and a picture at the end.
 	$(BIN)/python examples/digits.py --out demo
@@ -71,8 +71,17 @@ validity: $(VENV)/.dev  ## The tables and picture of docs/validity.md.
 	$(BIN)/python -m benchmarks.validity --publish
 	$(BIN)/python -m benchmarks.validity.progress --publish
 
+# The site offers the wheel. Its notebooks run anew if they or the package changed.
 docs: $(VENV)/.docs  ## The documentation, into site/.
-	$(BIN)/sphinx-build -q -W docs site
+	rm -rf docs/_wheel
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w docs/_wheel .
+	$(BIN)/python -m sphinx -q -W --keep-going docs site
+
+docs-serve: docs  ## The documentation, at http://127.0.0.1:8000.
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site
+
+test-docs: docs  ## Opens every page of the site in Chromium.
+	$(BIN)/python -m pytest -q docs/tests
 
 release-check: $(VENV)/.dev $(VENV)/.release  ## What a release does, without the tag.
 	.ci/release $(BIN)
@@ -81,7 +90,8 @@ release: $(VENV)/.dev $(VENV)/.release  ## Build into dist/, check, tag. Uploads
 	.ci/release $(BIN) --tag
 
 clean:
-	rm -rf .venv .venv-oldest .venv-statopt demo dist site
+	rm -rf .venv .venv-oldest .venv-statopt .docs_cache docs/_wheel jupyter_execute \
+		demo dist site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
