@@ -68,6 +68,8 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
+# Such as progress bars, and compilers that find a machine slow.
+nb_output_stderr = "remove"
 
 # `make docs` puts it there, so the site installs the package that it describes.
 _WHEEL = f"sasa_optax-{release}-py3-none-any.whl"
