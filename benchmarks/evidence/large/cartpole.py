@@ -267,6 +267,7 @@ def cartpole(
         steps_per_epoch=steps_per_record,
         steps_per_record=steps_per_record,
         budgets=(num_records * steps_per_record,),
+        clip_norm=0.5,
     )
 
 
