@@ -141,7 +141,7 @@ def wordnet(
     width: int = 32,
     hidden: int = 64,
     batch_size: int = 64,
-    records: int = 24,
+    records: int = 16,
 ) -> Task:
     """A task on the synsets of nouns, of which a half is held out.
 
