@@ -45,12 +45,12 @@ def grid(tasks: list[Task], draw: Callable[[Axes, Task], None]) -> Figure:
     lines = math.ceil(len(tasks) / columns)
     width = max(3.2 * columns, 9.6)  # the legend's
     figure = Figure(figsize=(width, 2.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for ax, task in zip(axes, tasks, strict=False):
         draw(ax, task)
         ax.set_title(task.name, fontsize="medium")
         ax.grid(alpha=0.3)
-    for ax in list(axes)[len(tasks) :]:
+    for ax in axes[len(tasks) :]:
         ax.set_visible(False)
     handles = {
         label: handle
