@@ -42,7 +42,7 @@ test-oldest: .venv-oldest/.oldest  ## The tests on the oldest JAX and optax supp
 		--ignore tests/test_flax.py --ignore tests/test_clients.py \
 		--ignore tests/test_checkpoints.py --ignore tests/test_evidence.py \
 		--ignore tests/test_papers.py --ignore tests/test_recipes.py \
-		--ignore tests/test_validity.py --ignore-glob "tests/test_large_*.py"
+		--ignore tests/test_scale.py --ignore tests/test_validity.py --ignore-glob "tests/test_large_*.py"
 
 calibration: $(VENV)/.dev  ## The table of docs/calibration.md.
 	$(BIN)/python -m benchmarks.validity.calibration

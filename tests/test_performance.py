@@ -19,10 +19,9 @@ import sasa_optax
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
-# The figures of docs/performance.md are promised from JAX 0.10 on, as the page says:
-# XLA before that copies what it sums over.
 _from_jax_0_10 = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="docs/performance.md is about JAX 0.10"
+    jax.__version_info__ < (0, 10),
+    reason="XLA copies what it sums over before JAX 0.10, as docs/performance.md says",
 )
 
 

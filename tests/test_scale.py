@@ -1,18 +1,12 @@
 """docs/scale.md: what its cost model counts, against closed forms."""
 
-import jax
 import optax
 import pytest
 
 from benchmarks.performance import scale
 from benchmarks.performance.cases import ADAPTED, AVERAGED_ADAMW, BASELINES, Case
 
-_from_jax_0_10 = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="docs/scale.md is about JAX 0.10"
-)
 
-
-@_from_jax_0_10
 @pytest.mark.optimized
 def test_plain_descent_reads_two_arrays_and_writes_one() -> None:
     """x and g are read and x is written, in bfloat16. Nothing is kept or sent."""
@@ -22,7 +16,6 @@ def test_plain_descent_reads_two_arrays_and_writes_one() -> None:
     assert (found.all_reduces, found.others) == (0, [])
 
 
-@_from_jax_0_10
 @pytest.mark.optimized
 def test_an_average_is_kept_read_and_written_and_progress_is_two_sums() -> None:
     plain = Case("adamw", "adamw", BASELINES["adamw"])
