@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.evidence.large.corpus import LINUX
 from benchmarks.papers.protocols import Scale
 from examples import fashion_mnist
 
-LINUX_DOC = pathlib.Path("/usr/share/doc/linux-doc/Documentation/process")
+LINUX_DOC = LINUX / "process"
 STAND_IN_WORDS = 2000
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 
