@@ -338,7 +338,8 @@ class Controller:
         assert self.test is not None
         assert window is not None
         num_samples = options.num_kept(window)
-        is_testing = state.step % jnp.asarray(options.test_interval, jnp.int32) == 0
+        interval = jnp.asarray(options.test_interval, jnp.int32)
+        is_testing = jax.lax.rem(state.step, interval) == 0
         needed = options.samples_needed(state.num_drops, self.factor)
         is_due = is_good & is_testing & (num_samples > needed)
         result = _stationarity.judge_if(

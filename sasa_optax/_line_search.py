@@ -406,7 +406,8 @@ class SearchingController:
         """Searches, if a search is due at this step."""
         objective = self._objective(direction, params, extra, rate.dtype)
         interval = jnp.asarray(self.search.interval, jnp.int32)
-        return self._find(objective, rate, state.controller.step % interval == 0)
+        is_due = jax.lax.rem(state.controller.step, interval) == 0
+        return self._find(objective, rate, is_due)
 
     def _find(
         self, objective: _Objective, rate: jax.Array, is_due: jax.Array

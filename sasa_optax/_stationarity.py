@@ -181,7 +181,7 @@ def _iid(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _batch_means(centred: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
     batch = _integer_sqrt(n)
-    num_batches = n // batch
+    num_batches = jax.lax.div(n, batch)
     largest = math.isqrt(centred.size)
     # Each batch is a row, so each sum runs over a contiguous row in a fixed order.
     row = jnp.arange(largest + 2, dtype=jnp.int32)[:, None]
@@ -290,7 +290,7 @@ class ZeroMeanTest:
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
-        half = samples.num_samples // 2
+        half = jax.lax.div(samples.num_samples, jnp.int32(2))
         older = _mean(samples.values, half)
         newer = _mean(samples.values, samples.num_samples, start=half)
         p_values = estimate.two_sided_p_value(jnp.stack([older, newer, estimate.mean]))

@@ -79,8 +79,10 @@ class Window:
         return jnp.round(jnp.minimum(grown, most)).astype(jnp.int32)
 
     def num_kept(self, state: "WindowState") -> jax.Array:
+        total, leak_ratio = state.total, jnp.asarray(self.leak_ratio, jnp.int32)
         # Written so that the ceiling cannot overflow.
-        leaked = -(-state.total // jnp.asarray(self.leak_ratio, jnp.int32))
+        is_more = jax.lax.rem(total, leak_ratio) > 0
+        leaked = jax.lax.div(total, leak_ratio) + is_more.astype(jnp.int32)
         return jnp.minimum(leaked, state.buffer.shape[1])
 
     def next_test(
@@ -133,12 +135,12 @@ def empty(width: int, capacity: int, dtype: DType) -> WindowState:
 
 def push(state: WindowState, sample: jax.Array, keep: jax.Array) -> WindowState:
     """Appends ``sample``, shape (width,), where ``keep`` is true."""
-    head, capacity = state.head, state.buffer.shape[1]
+    head, capacity = state.head, jnp.int32(state.buffer.shape[1])
     old = jax.lax.dynamic_index_in_dim(state.buffer, head, axis=1, keepdims=False)
     new = jnp.where(keep, sample, old)
     return WindowState(
         buffer=jax.lax.dynamic_update_index_in_dim(state.buffer, new, head, axis=1),
-        head=jnp.where(keep, (head + 1) % capacity, head),
+        head=jnp.where(keep, jax.lax.rem(head + 1, capacity), head),
         total=jnp.where(keep, optax.safe_increment(state.total), state.total),
     )
 
@@ -151,7 +153,9 @@ def contents(state: WindowState, num_samples: jax.Array) -> jax.Array:
     """The newest ``num_samples``, oldest first, then zeros; shape of the buffer."""
     capacity = state.buffer.shape[1]
     index = jnp.arange(capacity, dtype=jnp.int32)
-    ordered = state.buffer[:, (state.head - num_samples + index) % capacity]
+    # Not negative, as XLA's own remainder wants it.
+    start = state.head - num_samples + capacity
+    ordered = state.buffer[:, jax.lax.rem(start + index, jnp.int32(capacity))]
     return jnp.where(index < num_samples, ordered, 0)
 
 

@@ -1,5 +1,6 @@
 """Products of trees: the numbers, in the order of the leaves, and in few sums."""
 
+import functools
 import re
 from typing import Any
 
@@ -85,10 +86,15 @@ def _sizes(optimizer: optax.GradientTransformation) -> dict[str, int]:
     return sizes
 
 
+@functools.cache
+def _inner_sizes() -> dict[str, int]:
+    return _sizes(optax.adamw(1e-3))
+
+
 @pytest.mark.parametrize("name", _CHAINED)
 def test_many_leaves_make_no_program_that_compiles_slowly(name: str, sums: str) -> None:
     """The time to compile grows with the instructions, and faster within a fusion."""
-    inner = _sizes(optax.adamw(1e-3))
+    inner = _inner_sizes()
     outer = _sizes(optax.chain(optax.adamw(1e-3), _CHAINED[name]()))
     few_leaves = 3000  # The test of the window does not depend on the leaves.
     assert sum(outer.values()) - few_leaves < 2.5 * sum(inner.values())
