@@ -21,6 +21,9 @@ _SETTLING = 128
 # A rise goes too far before progress can tell. So soon after the newest rise, at step
 # j, a fall is faster by up to 1 + 8 (j / k)^2.
 _CORRECTION = 8.0
+# Progress between its target and one may be that of a free walk, which never settles.
+# So the scale falls by this over a horizon where the loss has stalled meanwhile.
+_STALLED = 0.5
 # On a straight line progress starts near zero, so it says nothing before this step.
 MIN_STEPS = 64
 # Overshoots and brakes divide the scale by this. The ceiling that they leave behind
@@ -110,6 +113,8 @@ def _change(
     newest_rise = jnp.maximum(state.last_rise, _SETTLING).astype(dtype)
     nearness = jnp.minimum(1, newest_rise / count) ** 2
     down = jnp.clip(_DOWN * error, -_MOST_DOWN, 0) * (1 + _CORRECTION * nearness)
+    is_walk = (error > 0) & (progress < 1)
+    down -= jnp.where(verdict.has_stalled & is_walk, _STALLED, 0)
     has_begun = state.measured.num_walked >= MIN_STEPS
     return jnp.where(verdict.may_rise, up, 0) + jnp.where(has_begun, down, 0)
 

@@ -55,6 +55,7 @@ class Verdict(NamedTuple):
 
     Attributes:
       may_rise: the loss still falls noticeably, or has not fallen noticeably yet.
+      has_stalled: it has fallen noticeably, and no longer falls at all.
       is_above: a tenth of what was gained is lost again.
       is_lost: half of what was gained is lost, or the loss is not finite twice in a
         row.
@@ -62,6 +63,7 @@ class Verdict(NamedTuple):
     """
 
     may_rise: jax.Array
+    has_stalled: jax.Array
     is_above: jax.Array
     is_lost: jax.Array
     is_missing: jax.Array
@@ -109,6 +111,7 @@ def watch(
     verdict = Verdict(
         # A loss that never varies says nothing.
         may_rise=~is_missing & ~is_above & is_open & (seen.variance > 0),
+        has_stalled=~is_missing & has_gained & (seen.fast > seen.slow),
         is_above=~is_missing & is_above,
         # A single loss that is not finite may be the fault of its mini-batch. After the
         # second the cut has been made, so the third must not make another.

@@ -168,19 +168,37 @@ def _corrections(last_rises: np.ndarray) -> np.ndarray:
 def test_on_a_noisy_quadratic_it_ends_in_a_power_law(x64: None) -> None:
     """The scale goes as k^(-8 rho), and never falls faster than it may."""
     steps = 30_000
-    seen, state = _run(_Task(0.1, 3.0), steps=steps)
+    seen, state = _run(_Task(0.01, 3.0), steps=steps)
     scales, changes = seen["scale"], _changes(seen["scale"])
     power = 8 * _adapt._MOST_DOWN
     assert 0 < power < 1
     slope = np.log(scales[-1] / scales[steps // 2 - 1]) / np.log(2)
     assert slope == pytest.approx(-power, rel=0.1)
     fastest = _adapt._MOST_DOWN * _corrections(seen["last_rise"])
+    # Until progress has come down to its target, the loss may stall.
+    is_walk = (seen["progress"][1:] < 1) & (seen["progress"][1:] > _DEFAULT.target)
+    fastest += np.where(is_walk, _adapt._STALLED, 0)
     assert np.all(changes >= -fastest * (1 + 1e-6))
     np.testing.assert_allclose(changes[-1000:], -fastest[-1000:], rtol=1e-6)
     assert int(state.num_overshoots) == int(state.num_brakes) == 0
+    assert not np.any((seen["progress"] > _DEFAULT.target) & (np.arange(steps) > 1000))
     # The average comes about as near as a mean of independent samples would.
     distance = np.mean(np.asarray(state.measured.average.averaged) ** 2)
     assert distance < 3 * 17 / (2 * steps)
+
+
+def test_where_the_loss_has_stalled_the_horizon_is_the_relaxation_time(
+    x64: None,
+) -> None:
+    """From a rate just above its target the scale goes as 1/k, and progress is one."""
+    steps = 30_000
+    seen, state = _run(_Task(0.1, 3.0), steps=steps)
+    slope = np.log(seen["scale"][-1] / seen["scale"][steps // 2 - 1]) / np.log(2)
+    assert slope == pytest.approx(-1, abs=0.2)
+    assert np.mean(seen["progress"][steps // 2 :]) == pytest.approx(1, abs=0.2)
+    # The average is nearer than one over the newest eighth alone could be.
+    distance = np.mean(np.asarray(state.measured.average.averaged) ** 2)
+    assert distance < 8 / steps / 2
 
 
 @pytest.mark.parametrize("target", [0.2, 0.6])
@@ -211,6 +229,47 @@ def test_it_rises_by_e_in_a_horizon_at_most(x64: None) -> None:
     changes = _changes(seen["scale"])
     assert np.max(seen["progress"]) > 50
     assert np.max(changes) == pytest.approx(_adapt._MOST_UP)
+
+
+@jax.jit
+def _walk(momentum: jax.Array, losses: jax.Array) -> Any:
+    """The scale and progress on a free walk, with the loss of each of its steps."""
+    optimizer = sasa_optax.adapt_on_progress(momentum)
+    params = jnp.zeros(1000)
+
+    def step(state: Any, pair: Any) -> Any:
+        key, loss = pair
+        updates = jax.random.rademacher(key, params.shape, params.dtype)
+        # The walk is free, so where it stands does not matter.
+        updates /= state.scale
+        updates, state = optimizer.update(updates, state, params, value=loss)
+        centred = state.measured.average.averaged - updates
+        average = state.measured.average._replace(averaged=centred)
+        state = state._replace(measured=state.measured._replace(average=average))
+        return state, (state.scale, state.measured.progress)
+
+    keys = jax.random.split(jax.random.key(0), len(losses))
+    return jax.lax.scan(step, optimizer.init(params), (keys, losses))[1]
+
+
+# A dissipation above that of the walk lowers progress, one below raises it.
+@pytest.mark.parametrize(
+    ("momentum", "falls"), [(0.2, True), (-0.2, False)], ids=["between", "above one"]
+)
+def test_it_falls_where_a_walk_gains_nothing(
+    x64: None, momentum: float, falls: bool
+) -> None:
+    losses = 3 * np.exp(-np.arange(8000) / 300)
+    losses += 0.1 * np.random.default_rng(0).normal(size=8000)
+    scales, progress = _walk(jnp.asarray(momentum), jnp.asarray(losses))
+    end = slice(-2000, None)
+    changes = _changes(np.asarray(scales))[end]
+    inner = (0.4 < progress[end]) & (progress[end] < 1)
+    assert np.all(inner) if falls else not np.any(inner)
+    is_fall = np.isclose(changes, -_adapt._STALLED)
+    assert np.all(is_fall | np.isclose(changes, 0, atol=1e-9))
+    # On a plateau the fast average is above the slow one in half of the steps.
+    assert (0.3 < np.mean(is_fall) < 0.7) if falls else not np.any(is_fall)
 
 
 def test_it_never_rises_without_the_loss(x64: None) -> None:

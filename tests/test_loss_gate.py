@@ -125,6 +125,19 @@ def test_it_may_rise_where_nothing_has_been_gained_yet(x64: None) -> None:
     assert not np.any(verdicts["is_above"] | verdicts["is_lost"])
 
 
+def test_it_has_stalled_where_it_no_longer_falls(x64: None) -> None:
+    """In half of the steps on a plateau, and in none before a gain or in a fall."""
+    falling = np.exp(-np.arange(1500) / 500) + 0.02 * _noise(1500)
+    flat = falling[-1] + 0.02 * _noise(12_000, seed=1)
+    stalled = _verdicts(np.concatenate([falling, flat]))["has_stalled"]
+    assert not np.any(stalled[:1000])
+    assert 0.3 < np.mean(stalled[6000:]) < 0.7
+    rising = flat[:3000] + np.linspace(0, 0.2, 3000)
+    stalled = _verdicts(np.concatenate([falling, rising]))["has_stalled"]
+    assert np.all(stalled[3000:])
+    assert not np.any(_verdicts(7 + _noise(3000))["has_stalled"])
+
+
 @pytest.mark.parametrize("loss", [0.0, -3.0, 7.123, 1e-30, 1e15])
 def test_a_constant_loss_allows_nothing(dtype: np.dtype, loss: float) -> None:
     verdicts = _verdicts(np.full(500, loss, dtype))
@@ -259,7 +272,7 @@ def test_the_zero_and_the_unit_of_the_loss_do_not_matter(
     losses = _levels((40, 10.0), (300, 0.0), (100, 2.0), (200, 0.5), (300, 7.0))
     expected = _verdicts(losses)
     # All of them occur.
-    for name in ("may_rise", "is_above", "is_lost"):
+    for name in ("may_rise", "has_stalled", "is_above", "is_lost"):
         assert 0 < np.sum(expected[name]) < len(losses)
     actual = _verdicts(factor * (losses + shift))
     for name, verdict in expected.items():
