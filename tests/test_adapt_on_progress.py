@@ -264,7 +264,7 @@ def test_it_falls_where_a_walk_gains_nothing(
     scales, progress = _walk(jnp.asarray(momentum), jnp.asarray(losses))
     end = slice(-2000, None)
     changes = _changes(np.asarray(scales))[end]
-    inner = (0.4 < progress[end]) & (progress[end] < 1)
+    inner = (progress[end] > 0.4) & (progress[end] < 1)
     assert np.all(inner) if falls else not np.any(inner)
     is_fall = np.isclose(changes, -_adapt._STALLED)
     assert np.all(is_fall | np.isclose(changes, 0, atol=1e-9))
