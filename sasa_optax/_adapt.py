@@ -227,7 +227,9 @@ def adapt_on_progress(
     faster; see docs/progress.md.
 
     **The loss** keeps a rise from going too far. The scale rises only while the loss
-    falls noticeably, or has not begun to. *Overshoot*: after a rise, a tenth of what
+    falls noticeably, or has not begun to. *Stall*: progress is between its target and
+    one, as that of a walk which never settles, and the loss no longer falls. The
+    logarithm of the scale falls by 0.5/h. *Overshoot*: after a rise, a tenth of what
     the loss has gained is lost again. The scale is cut to a quarter, and then rises
     slowly at most. *Brake*: half of it is lost. The scale is cut, and the parameters
     return to their average. They also return where the loss is not finite; a second

@@ -21,6 +21,7 @@ from benchmarks.evidence import (
     contenders,
     outcomes,
     streams,
+    stress,
     tables,
     training,
     tuning,
@@ -338,6 +339,19 @@ def test_an_average_that_is_rounded_to_the_nearest_stands_still() -> None:
     assert means[0] == pytest.approx(expected, abs=2e-3)
     assert means[1] == 1
     assert means[2] == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_stress_table_has_an_accuracy_for_each_batch_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stress, "NUM_STEPS", 400)
+    monkeypatch.setattr(stress, "BATCH_SIZES", (8, None))
+    monkeypatch.setattr(stress, "OPTIMIZERS", {"AdamW": stress.OPTIMIZERS["AdamW"]})
+    head, _, row = stress.table().splitlines()
+    assert head == "| optimizer | 8 | full |"
+    name, *numbers = row.strip("| ").split(" | ")
+    assert name == "AdamW"
+    assert all(85 < float(number) < 100 for number in numbers)
 
 
 @pytest.mark.example
