@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.metadata
+import logging
+import os
 import pathlib
 import re
 
@@ -12,6 +14,7 @@ from sphinx.application import Sphinx
 import sasa_optax
 
 _DOCS = pathlib.Path(__file__).parent
+_CACHE = _DOCS.parent / ".docs_cache"
 
 project = "sasa_optax"
 author = copyright = "The sasa_optax authors"
@@ -63,13 +66,21 @@ def _sources() -> str:
 
 # A notebook runs again if its code or the package has changed.
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(_DOCS.parent / ".docs_cache" / _sources()[:16])
+nb_execution_cache_path = str(_CACHE / _sources()[:16])
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
 # Such as progress bars, and compilers that find a machine slow.
 nb_output_stderr = "remove"
+
+# Nor does each kernel say that it starts, and that it is not encrypted. With a profile
+# of their own, kernels do not depend on how IPython is set up on this machine either.
+logging.getLogger("traitlets").setLevel(logging.WARNING)
+_PROFILE = _CACHE / "ipython" / "profile_default"
+_PROFILE.mkdir(parents=True, exist_ok=True)
+(_PROFILE / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+os.environ["IPYTHONDIR"] = str(_PROFILE.parent)
 
 # `make docs` puts it there, so the site installs the package that it describes.
 _WHEEL = f"sasa_optax-{release}-py3-none-any.whl"
