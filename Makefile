@@ -99,7 +99,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e '.[$*]'
 	touch $@
 
 .venv-statopt/.statopt:

@@ -314,19 +314,34 @@ class History:
     def explain(self) -> str:
         """The end of the line search, every drop and every cut, a line each.
 
-        Where a test decides, the last line says why the newest one made no drop, and
-        when the next can run. A line says so if most updates went up the gradient, as
-        they do in a chain in the wrong order.
+        For `adapt_on_progress` a line has the scale and its peak, and another says if
+        no loss arrives. Where a test decides, the last line says why the newest one
+        made no drop, and when the next can run. A line says so if most updates went up
+        the gradient, as they do in a chain in the wrong order.
         """
         events = [*([self.switch] if self.switch else []), *self.drops, *self.cuts]
         events.sort(key=lambda event: event.step)
         is_adapting = any("num_brakes" in row for row in self.rows)
         nothing = "been cut" if is_adapting else "dropped"
         lines = [*map(str, events)] or [f"The rate has not {nothing}."]
+        lines += self._scale() if is_adapting else []
         lines += self._ascents()
         if self.rows and "next_test" in self.rows[-1]:
             lines += [_since_the_drop(self.rows[-1])]
         return "\n".join(lines)
+
+    def _scale(self) -> list[str]:
+        """How far `adapt_on_progress` has moved the scale, and if it sees no loss."""
+        top, last = max(self.rows, key=lambda row: row["scale"]), self.rows[-1]
+        lines = [
+            f"The scale is {last['scale']:.3g} at step {last['step']}. Its highest was "
+            f"{top['scale']:.3g}, at step {top['step']}."
+        ]
+        if last["step"] > 0 and not last["sees_loss"]:
+            lines += [
+                "No loss arrives, so it never rises. Call update with value=loss."
+            ]
+        return lines
 
     def _ascents(self) -> list[str]:
         """A line about updates that went up the gradient, if most of them did."""

@@ -171,5 +171,6 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
 
 def _is_injected_rate(path: tuple[Any, ...]) -> bool:
     """Whether the path is that of a rate which `optax.inject_hyperparams` shows."""
-    names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
-    return names == ["hyperparams", "learning_rate"]
+    names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-3:]]
+    # Flax NNX wraps each array of an optimizer's state, which adds a key at the end.
+    return ["hyperparams", "learning_rate"] in (names[-2:], names[:2])

@@ -97,6 +97,15 @@ def test_nnx(name: str) -> None:
     _assert_as_by_hand(name, start, (model.kernel[...], model.bias[...]), state)
 
 
+def test_the_injected_rate_is_seen_in_nnx() -> None:
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    injected = optax.inject_hyperparams(optax.adamw)(1e-3)
+    chain = optax.chain(injected, sasa_optax.adapt_on_progress())
+    state = nnx.Optimizer(model, chain, wrt=nnx.Param).opt_state
+    rate = sasa_optax.metrics(state)["learning_rate"]
+    assert float(rate) == pytest.approx(1e-3)
+
+
 @_environment("Flax Linen, `TrainState`")
 @for_all
 def test_linen(name: str) -> None:

@@ -250,17 +250,34 @@ def test_two_losses_that_are_not_finite_are_told_as_a_brake() -> None:
 
 def test_explain_tells_all_cuts_by_step() -> None:
     lines = _history().explain().splitlines()
-    assert lines == [str(cut) for cut in _CUTS]
+    scale = "The scale is 0.25 at step 40. Its highest was 3, at step 10."
+    assert lines == [*map(str, _CUTS), scale]
     history = sasa_optax.History()
     history.record(_row(1))
-    assert history.explain() == "The rate has not been cut."
+    first, *_ = history.explain().splitlines()
+    assert first == "The rate has not been cut."
+
+
+@pytest.mark.parametrize("sees_loss", [False, True])
+def test_explain_says_that_no_loss_arrives(sees_loss: bool) -> None:
+    optimizer = sasa_optax.adapt_on_progress()
+    state, history = optimizer.init(_PARAMS), sasa_optax.History()
+    for _ in range(2):
+        history.record(sasa_optax.metrics(state))
+        # Before the first step nothing is known.
+        if len(history.rows) == 1:
+            assert "value=loss" not in history.explain()
+        given = {"value": jnp.float32(1)} if sees_loss else {}
+        _, state = optimizer.update(_PARAMS, state, _PARAMS, **given)
+    assert ("value=loss" in history.explain()) == (not sees_loss)
 
 
 def test_explain_sorts_drops_and_cuts() -> None:
     history = _history()
     drop = sasa_optax.Drop(20, "scale", 1.0, 0.1, test=None)
     history.drops.append(drop)
-    assert history.explain().splitlines() == [str(_CUTS[0]), str(drop), str(_CUTS[1])]
+    lines = history.explain().splitlines()
+    assert lines[:3] == [str(_CUTS[0]), str(drop), str(_CUTS[1])]
 
 
 @pytest.mark.parametrize(("step", "num_kept"), [(14, 0), (20, 0), (25, 1), (31, 2)])

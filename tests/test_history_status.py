@@ -115,9 +115,9 @@ def test_a_notebook_shows_the_newest_of_many_events(monkeypatch: Any) -> None:
         history.record({**history.rows[0], **cut})
     shown = history._repr_html_()
     assert re.findall(r"step (\d+): brake", shown) == [
-        str(100 * n - 5) for n in range(5, 13)
+        str(100 * n - 5) for n in range(7, 13)
     ]
-    assert "(4 more before these)" in shown
+    assert "(6 more before these)" in shown
     # The arrow between two scales is no tag.
     assert "scale 1 -&gt; 1" in shown
 
