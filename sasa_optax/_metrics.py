@@ -63,14 +63,14 @@ def _next_move(row: dict[str, Any]) -> str:
         return ""
     if row["step"] < MIN_STEPS:
         move = "too early to judge"
-    elif row["progress"] <= row["target"] or _has_stalled(row):
+    elif row["progress"] <= row["target"] or has_stalled(row):
         move = "may fall"
     else:
         move = "may rise" if row["sees_loss"] else "stays without a loss"
     return f" (target {row['target']:.2g}), {move}"
 
 
-def _has_stalled(row: dict[str, Any]) -> bool:
+def has_stalled(row: dict[str, Any]) -> bool:
     """Whether the parameters walk in place and the loss has not fallen meanwhile."""
     is_seen = row["progress"] < 1 and row["sees_loss"]
     return is_seen and row["loss_fast"] > row["loss_slow"]
