@@ -234,7 +234,8 @@ def estimate_mean(samples: Samples, variance: str = "batch_means") -> MeanEstima
       ValueError: if ``variance`` is none of these.
     """
     _checks.choice("variance", variance, _VARIANCES)
-    values, n = samples.values, jnp.maximum(samples.num_samples, 4)
+    values = samples.values
+    n = jnp.maximum(jnp.asarray(samples.num_samples, jnp.int32), 4)
     mean = _mean(values, n)
     centred = jnp.where(_in_window(values, n), values - mean, 0)
     sigma_squared, dof = _VARIANCES[variance](centred, n)
@@ -290,7 +291,7 @@ class ZeroMeanTest:
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
-        half = jax.lax.div(samples.num_samples, jnp.int32(2))
+        half = jnp.asarray(samples.num_samples, jnp.int32) >> 1
         older = _mean(samples.values, half)
         newer = _mean(samples.values, samples.num_samples, start=half)
         p_values = estimate.two_sided_p_value(jnp.stack([older, newer, estimate.mean]))

@@ -145,6 +145,15 @@ def test_no_operation_makes_nan(test: StationarityTest) -> None:
             assert_finite(test(make_samples(values, padding=0.0)))
 
 
+@for_each_test
+def test_a_count_may_be_of_any_integer_type(test: StationarityTest, x64: None) -> None:
+    samples = make_samples(np.random.default_rng(0).normal(size=50))
+    expected = judge(test, samples)
+    for count in (50, np.int64(50), np.int32(50)):
+        result = test(samples._replace(num_samples=count))
+        np.testing.assert_allclose(result.p_value, expected.p_value, rtol=1e-6)
+
+
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 3])
 @for_each_test
 def test_too_few_samples_give_finite_results(
