@@ -32,7 +32,7 @@ NUM_DEVICES = 8
 NUM_STEPS = 12
 # From version 0.6 on, JAX tracks what varies inside `shard_map`.
 _IS_RECENT = hasattr(jax, "shard_map")
-_LIMIT = "a limit of JAX 0.5 itself, listed in docs/everywhere.md"
+_LIMIT = "JAX 0.5 does not track what varies in shard_map: docs/everywhere.md"
 _not_on_jax_0_5 = pytest.mark.skipif(not _IS_RECENT, reason=_LIMIT)
 _ROOT = pathlib.Path(__file__).parent.parent
 
