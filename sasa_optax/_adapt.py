@@ -22,8 +22,9 @@ _SETTLING = 128
 # j, a fall is faster by up to 1 + 8 (j / k)^2.
 _CORRECTION = 8.0
 # Progress between its target and one may be that of a free walk, which never settles.
-# So the scale falls by this over a horizon where the loss has stalled meanwhile.
-_STALLED = 0.5
+# So over a horizon the scale falls by up to this where the loss has stalled meanwhile:
+# the surer it is that the loss rises, the faster.
+_STALLED = 1.0
 # On a straight line progress starts near zero, so it says nothing before this step.
 MIN_STEPS = 64
 # Overshoots and brakes divide the scale by this. The ceiling that they leave behind
@@ -114,7 +115,7 @@ def _change(
     nearness = jnp.minimum(1, newest_rise / count) ** 2
     down = jnp.clip(_DOWN * error, -_MOST_DOWN, 0) * (1 + _CORRECTION * nearness)
     is_walk = (error > 0) & (progress < 1)
-    down -= jnp.where(verdict.has_stalled & is_walk, _STALLED, 0)
+    down -= jnp.where(is_walk, _STALLED * verdict.stalled, 0)
     has_begun = state.measured.num_walked >= MIN_STEPS
     return jnp.where(verdict.may_rise, up, 0) + jnp.where(has_begun, down, 0)
 
@@ -169,7 +170,7 @@ class _Adapter:
         # The number of this step, the first being one, and the horizon of its average.
         steps = jnp.asarray(optax.safe_increment(state.measured.average.num_averaged))
         horizon = 1 / _progress.weight(state.measured)
-        verdict, losses = _loss_gate.unseen(), state.losses
+        verdict, losses = _loss_gate.unseen(state.scale.dtype), state.losses
         if value is not None:
             loss = _checks.loss("value", value).astype(state.scale.dtype)
             losses, verdict = _loss_gate.watch(losses, loss, horizon)
@@ -228,8 +229,8 @@ def adapt_on_progress(
 
     **The loss** keeps a rise from going too far. The scale rises only while the loss
     falls noticeably, or has not begun to. *Stall*: progress is between its target and
-    one, as that of a walk which never settles, and the loss no longer falls. The
-    logarithm of the scale falls by 0.5/h. *Overshoot*: after a rise, a tenth of what
+    one, as that of a walk which never settles, and the loss rises. The logarithm of
+    the scale falls by up to 1/h, the faster the surer the rise is. *Overshoot*: after a rise, a tenth of what
     the loss has gained is lost again. The scale is cut to a quarter, and then rises
     slowly at most. *Brake*: half of it is lost. The scale is cut, and the parameters
     return to their average. They also return where the loss is not finite; a second

@@ -51,11 +51,13 @@ class LossState(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the losses say at a step; all bool, of shape ().
+    """What the losses say at a step; all of shape (), and bool except ``stalled``.
 
     Attributes:
       may_rise: the loss still falls noticeably, or has not fallen noticeably yet.
-      has_stalled: it has fallen noticeably, and no longer falls at all.
+      stalled: how sure it is that a loss which had fallen noticeably rises. From 0
+        where the fast average does not exceed the slow one, to 1 where it does so by
+        three of its standard deviations; of the state's dtype.
       is_above: a tenth of what was gained is lost again.
       is_lost: half of what was gained is lost, or the loss is not finite twice in a
         row.
@@ -63,7 +65,7 @@ class Verdict(NamedTuple):
     """
 
     may_rise: jax.Array
-    has_stalled: jax.Array
+    stalled: jax.Array
     is_above: jax.Array
     is_lost: jax.Array
     is_missing: jax.Array
@@ -75,9 +77,10 @@ def start(dtype: DType) -> LossState:
     return LossState(**{name: jnp.zeros((), each) for name, each in dtypes.items()})
 
 
-def unseen() -> Verdict:
+def unseen(dtype: DType) -> Verdict:
     """Without losses the rate may not rise, and nothing is known to be wrong."""
-    return Verdict(*(jnp.zeros((), bool) for _ in Verdict._fields))
+    nothing = Verdict(*(jnp.zeros((), bool) for _ in Verdict._fields))
+    return nothing._replace(stalled=jnp.zeros((), dtype))
 
 
 def watch(
@@ -107,11 +110,14 @@ def watch(
     is_above = has_gained & (above_best > OVERSHOOT * gained)
     is_open = is_falling | ~has_gained
     lost = jnp.where(has_gained, above_best > BRAKE * gained, above_first > 0)
+    # Without noise any rise is certain.
+    deviations = _NUM_DEVIATIONS * jnp.maximum(error, jnp.finfo(error.dtype).tiny)
+    stalled = jnp.clip((seen.fast - seen.slow) / deviations, 0, 1)
     num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)
     verdict = Verdict(
         # A loss that never varies says nothing.
         may_rise=~is_missing & ~is_above & is_open & (seen.variance > 0),
-        has_stalled=~is_missing & has_gained & (seen.fast > seen.slow),
+        stalled=jnp.where(~is_missing & has_gained, stalled, 0),
         is_above=~is_missing & is_above,
         # A single loss that is not finite may be the fault of its mini-batch. After the
         # second the cut has been made, so the third must not make another.
