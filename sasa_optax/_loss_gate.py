@@ -110,7 +110,7 @@ def watch(
     is_above = has_gained & (above_best > OVERSHOOT * gained)
     is_open = is_falling | ~has_gained
     lost = jnp.where(has_gained, above_best > BRAKE * gained, above_first > 0)
-    # Without noise any rise is certain.
+    # A loss that never varied has no error to divide by.
     deviations = _NUM_DEVIATIONS * jnp.maximum(error, jnp.finfo(error.dtype).tiny)
     stalled = jnp.clip((seen.fast - seen.slow) / deviations, 0, 1)
     num_missed = jnp.where(is_missing, optax.safe_increment(state.num_missed), 0)

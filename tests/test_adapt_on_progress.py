@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from progress_in_numpy import expected_progress, horizons
 from states import part_of
 
@@ -187,19 +188,16 @@ def test_on_a_noisy_quadratic_it_ends_in_a_power_law(x64: None) -> None:
     assert distance < 3 * 17 / (2 * steps)
 
 
-def test_where_the_loss_has_stalled_the_horizon_is_the_relaxation_time(
-    x64: None,
-) -> None:
-    """From a rate just above its target the scale goes as 1/k, and progress is one."""
+def test_where_the_loss_has_stalled_it_does_not_freeze(x64: None) -> None:
+    """From a rate just above its target the scale falls more slowly than 1/k."""
     steps = 30_000
     seen, state = _run(_Task(0.1, 3.0), steps=steps)
     slope = np.log(seen["scale"][-1] / seen["scale"][steps // 2 - 1]) / np.log(2)
-    assert slope == pytest.approx(-1, abs=0.2)
-    assert np.mean(seen["progress"][steps // 2 :]) == pytest.approx(1, abs=0.2)
+    assert -1 < slope < -0.5
     # The mean of all samples has 1 / steps. With the average's weights, 8 (j / k)^7 for
-    # sample j, it is 64 / 15 times as much.
+    # sample j, it is 64 / 15 times as much, and more as the samples are correlated.
     distance = np.mean(np.asarray(state.measured.average.averaged) ** 2)
-    assert distance < 64 / 15 / steps / 2
+    assert distance < 2 * 64 / 15 / steps / 2
 
 
 @pytest.mark.parametrize("target", [0.2, 0.6])
@@ -267,10 +265,19 @@ def test_it_falls_where_a_walk_gains_nothing(
     changes = _changes(np.asarray(scales))[end]
     inner = (progress[end] > 0.4) & (progress[end] < 1)
     assert np.all(inner) if falls else not np.any(inner)
-    is_fall = np.isclose(changes, -_adapt._STALLED)
+    is_fall = changes < -1e-9
+    assert np.all(changes >= -_adapt._STALLED - 1e-9)
     assert np.all(is_fall | np.isclose(changes, 0, atol=1e-9))
-    # On a plateau the fast average is above the slow one in half of the steps.
-    assert (0.3 < np.mean(is_fall) < 0.7) if falls else not np.any(is_fall)
+    if not falls:
+        assert not np.any(is_fall)
+        return
+    # On a plateau the fast average is above the slow one in half of the steps. With
+    # the variance of their difference, the scale falls as k^-0.88 on average.
+    difference = scipy.stats.norm(scale=np.sqrt(1 + 1 / 8 - 4 / 9))
+    expected = difference.expect(lambda z: np.clip(z / 3, 0, _adapt._STALLED))
+    assert 8 * expected == pytest.approx(0.88, abs=0.01)
+    assert 0.3 < np.mean(is_fall) < 0.7
+    assert -np.mean(changes) == pytest.approx(expected, rel=0.5)
 
 
 def test_it_never_rises_without_the_loss(x64: None) -> None:
