@@ -230,12 +230,13 @@ def adapt_on_progress(
     **The loss** keeps a rise from going too far. The scale rises only while the loss
     falls noticeably, or has not begun to. *Stall*: progress is between its target and
     one, as that of a walk which never settles, and the loss rises. The logarithm of
-    the scale falls by up to 1/h, the faster the surer the rise is. *Overshoot*: after a rise, a tenth of what
-    the loss has gained is lost again. The scale is cut to a quarter, and then rises
-    slowly at most. *Brake*: half of it is lost. The scale is cut, and the parameters
-    return to their average. They also return where the loss is not finite; a second
-    such loss in a row is a brake. A loss may be negative. **Without** ``value`` the
-    scale only falls, and ``sees_loss`` in `metrics` is False.
+    the scale falls by up to 1/h, the faster the surer it is that the loss rises.
+    *Overshoot*: after a rise of the scale, a tenth of what the loss has gained is lost
+    again. The scale is cut to a quarter, and then rises slowly at most. *Brake*: half
+    of it is lost. The scale is cut, and the parameters return to their average. They
+    also return where the loss is not finite; a second such loss in a row is a brake. A
+    loss may be negative. **Without** ``value`` the scale only falls, and ``sees_loss``
+    in `metrics` is False.
 
     Args:
       momentum: beta of the optimizer before it, as in `measure_progress`. Default 0.9.
