@@ -1,6 +1,7 @@
 """Progress by its definition, from sums over all updates, in NumPy."""
 
 import numpy as np
+import scipy.stats
 
 
 def horizons(steps: int, age: int = 0) -> np.ndarray:
@@ -33,3 +34,13 @@ def expected_progress(
     distances = np.sum((left @ moves) ** 2, axis=1)
     walks = dissipation(momentum) * (left**2 @ np.sum(moves**2, axis=1))
     return distances / np.where(walks > 0, walks, 1)
+
+
+def mean_stall() -> float:
+    """The mean on a plateau of how surely the loss rises, from 0 to 1.
+
+    It is that of the difference of two averages, one with eight times the horizon of
+    the other, in units of three standard deviations of the fast one.
+    """
+    difference = scipy.stats.norm(scale=np.sqrt(1 + 1 / 8 - 4 / 9))
+    return float(difference.expect(lambda z: np.clip(z / 3, 0, 1)))
