@@ -89,7 +89,7 @@ def step(
     updates, rows = _cpu_schedule.in_groups(
         updates, (params, average.averaged), products, average.num_averaged, dtype
     )
-    distances, lengths = jax.lax.stop_gradient(rows)
+    distances, lengths = rows
     updates, _, average = moved(updates, params, average.averaged)
     progress, walks = _measured(state, distances, lengths, of_new, momentum)
     num_walked = jnp.asarray(optax.safe_increment(state.num_walked))

@@ -217,16 +217,16 @@ def _rows(task: Task, ends: dict[str, dict[int, list[float]]]) -> Any:
 
 def test_the_large_tier_is_published_with_what_there_is(tmp_path: pathlib.Path) -> None:
     task = task_named(QUICK)
-    assert set(tables.large_tables({}, [task]).values()) == {""}
+    assert set(tables.tier_tables("large", {}, [task]).values()) == {""}
     ours = {"adamw-progress": {360: [5.0, 4.0]}}
-    made = tables.large_tables(_rows(task, ours), [task])
+    made = tables.tier_tables("large", _rows(task, ours), [task])
     assert made["large-anytime"] == ""
     assert "| **adamw-progress** | 0.001 | 4 ± 0 | - |" in made["large-tasks"]
     schedules = {
         "adamw-cosine": {180: [5.5], 360: [9.0, 3.5]},
         "adamw-wsd": {180: [4.75], 360: [9.0, 4.5]},
     }
-    made = tables.large_tables(_rows(task, ours | schedules), [task])
+    made = tables.tier_tables("large", _rows(task, ours | schedules), [task])
     lines = made["large-anytime"].splitlines()
     assert lines[0].startswith("| task, steps | best schedule | schedule-free-adamw |")
     assert lines[3].startswith(
@@ -238,4 +238,4 @@ def test_the_large_tier_is_published_with_what_there_is(tmp_path: pathlib.Path) 
         "<!-- large-anytime --><!-- /large-anytime -->\n"
         "<!-- large-tasks --><!-- /large-tasks -->\n"
     )
-    __main__.publish_large({}, page)
+    __main__.publish_tier("large", {}, page)

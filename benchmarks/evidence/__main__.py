@@ -13,7 +13,7 @@ from benchmarks.evidence.jobs import jobs_of, run_all
 from benchmarks.evidence.outcomes import Rows
 from benchmarks.evidence.runs import load
 from benchmarks.evidence.task import Task
-from benchmarks.evidence.tasks import LARGE, QUICK, TASKS, task_named
+from benchmarks.evidence.tasks import FULL, LARGE, QUICK, TASKS, task_named
 from benchmarks.publishing import DOCS, RESULTS
 
 
@@ -29,6 +29,7 @@ class Tier(NamedTuple):
 TIERS = {
     "small": Tier(TASKS, SMALL_METHODS, 3, RESULTS / "evidence.jsonl"),
     "large": Tier(LARGE, LARGE_METHODS, 1, RESULTS / "evidence-large.jsonl"),
+    "full": Tier(FULL, LARGE_METHODS, 1, RESULTS / "evidence-full.jsonl"),
 }
 
 
@@ -67,19 +68,19 @@ def publish(rows: Rows, tasks: list[Task], page: pathlib.Path) -> None:
         figure.savefig(page.parent / "images" / f"{name}.png", dpi=120)
 
 
-def publish_large(rows: Rows, page: pathlib.Path) -> None:
+def publish_tier(tier: str, rows: Rows, page: pathlib.Path) -> None:
     """Writes its tables; the data of tasks without runs need not be there."""
     run = {key.task for key in rows}
-    tasks = [task_named(name) for name in LARGE if name in run]
-    publishing.write(page, tables.large_tables(rows, tasks))
+    tasks = [task_named(name) for name in TIERS[tier].tasks if name in run]
+    publishing.write(page, tables.tier_tables(tier, rows, tasks))
 
 
 def main() -> None:
     args = parse_args()
     if failed := run_all(jobs_of(args), args.workers):
         raise SystemExit(f"failed: {', '.join(map(str, failed))}")
-    if args.publish and args.tier == "large":
-        publish_large(load(args.results), DOCS / "evidence.md")
+    if args.publish and args.tier != "small":
+        publish_tier(args.tier, load(args.results), DOCS / "evidence.md")
     elif args.publish:
         tasks = [task_named(name) for name in TASKS]
         publish(load(args.results), tasks, DOCS / "evidence.md")

@@ -284,7 +284,9 @@ METHODS: dict[str, Method] = {
 SMALL_METHODS = tuple(METHODS)
 METHODS |= {
     "adamw-progress(learning_rate=0.0001)": _averaged(behind(ADAMW, _adapt), (1e-4,)),
-    "muon-progress": _averaged(behind(muon, _adapt), (0.02,), tasks=("gpt",)),
+    "muon-progress": _averaged(
+        behind(muon, _adapt), (0.02,), tasks=("gpt", "gpt-full")
+    ),
     "adamw-wsd": Method(adam(optax.adamw, wsd), ADAM_RATES, knows_horizon=True),
     # Of the AlgoPerf submission of its authors, arXiv 2405.15682.
     "schedule-free-adamw-calibrated": Method(

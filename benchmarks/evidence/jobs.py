@@ -59,7 +59,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         if kind == "rates":
             has_rates = bool(method.sensitivity_rates)
             return args.sensitivity and task in SENSITIVITY_TASKS and has_rates
-        if args.tier == "large":
+        if args.tier != "small":
             # The last part is the whole.
             return kind == "parts"
         return kind == "budgets" or (args.anytime and name in ANYTIME)

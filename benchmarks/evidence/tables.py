@@ -167,7 +167,7 @@ def task_table(rows: Rows, task: Task) -> str:
             "-" if best is None else gap_cell(task, each, best),
             short(statistics.mean(each.train)),
             short(statistics.mean(each.area)),
-            f"{statistics.mean(each.seconds):.1f}",
+            seconds_cell(each),
             ", ".join(f"{drops:g}" for drops in sorted(set(each.drops))),
             short(statistics.median(row["rates"][-1] for row in each.rows)),
         ]
@@ -177,6 +177,12 @@ def task_table(rows: Rows, task: Task) -> str:
         [*heads, "CPU s", "drops", "last rate"],
         [line(each) for each in sorted(found.values(), key=lambda each: each.mean)],
     )
+
+
+def seconds_cell(each: Outcome) -> str:
+    """Those of a core; on an accelerator they are not what a run takes."""
+    is_timed = all(row.get("device", "cpu") == "cpu" for row in each.rows)
+    return f"{statistics.mean(each.seconds):.1f}" if is_timed else "-"
 
 
 def page_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
@@ -194,8 +200,8 @@ def task_tables(rows: Rows, tasks: list[Task]) -> str:
     return "\n\n".join(f"### {task.name}\n\n{task_table(rows, task)}" for task in tasks)
 
 
-def large_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
-    """The tables of the second tier; a task without runs is in none of them."""
+def tier_tables(tier: str, rows: Rows, tasks: list[Task]) -> dict[str, str]:
+    """The tables of a tier beyond the first; they leave out tasks without runs."""
     run = [task for task in tasks if outcomes.outcomes(rows, task, task.budgets[-1])]
     complete = [
         task for task in run if outcomes.has_anytime(rows, task, LARGE_SCHEDULES)
@@ -204,6 +210,6 @@ def large_tables(rows: Rows, tasks: list[Task]) -> dict[str, str]:
         rows, complete, LARGE_METHODS, LARGE_SCHEDULES, LARGE_RIVALS, "schedule"
     )
     return {
-        "large-anytime": anytime if complete else "",
-        "large-tasks": task_tables(rows, run),
+        f"{tier}-anytime": anytime if complete else "",
+        f"{tier}-tasks": task_tables(rows, run),
     }

@@ -1,4 +1,4 @@
-"""The tasks of the evidence suite by name, in two tiers: all offline."""
+"""The tasks of the evidence suite by name, in three tiers: all offline."""
 
 import dataclasses
 import functools
@@ -42,6 +42,11 @@ LARGE: dict[str, Callable[[], Task]] = {
     "cartpole": _large("cartpole", "cartpole"),
     "cartpole-without-value": _large("cartpole", "cartpole_without_value"),
 }
+# For an accelerator: a run takes an hour of a CPU.
+FULL: dict[str, Callable[[], Task]] = {
+    "gpt-full": _large("gpt", "gpt_full"),
+    "resnet-full": _large("resnet", "resnet_full"),
+}
 # A name of its own, so that its runs are never taken for those of the suite.
 QUICK = "quick"
 
@@ -52,7 +57,7 @@ def task_named(name: str) -> Task:
         task = images.digits_logistic()
         budgets = (2 * task.steps_per_record,)
         return dataclasses.replace(task, name=QUICK, budgets=budgets)
-    known = TASKS | LARGE
+    known = TASKS | LARGE | FULL
     if name not in known:
         raise SystemExit(f"task must be one of {', '.join(known)}, got {name!r}.")
     return known[name]()

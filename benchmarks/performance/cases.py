@@ -115,6 +115,7 @@ MODEL_CASES = [
     REDUCED,
     AVERAGED,
 ]
+LARGE_MODEL_CASES = [ADAPTED, REDUCED, AVERAGED_ADAMW]
 # The methods that docs/peers.md compares, all beside AdamW.
 PEERS = [
     Case("sgd, with momentum", "adamw", BASELINES["sgd"]),

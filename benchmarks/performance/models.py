@@ -3,8 +3,8 @@
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from flax import nnx
 from benchmarks.performance import cases
 from benchmarks.performance.timing import Steps, beside
 from benchmarks.publishing import Row
+
+DTypeLike = jax.typing.DTypeLike
+Batch = tuple[jax.Array, jax.Array]
 
 
 class Cnn(nnx.Module):
@@ -38,12 +41,15 @@ class Cnn(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+    def __init__(
+        self, width: int, num_heads: int, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        made: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(width, **made)
+        self.attention = nnx.MultiHeadAttention(num_heads, width, decode=False, **made)
+        self.norm2 = nnx.LayerNorm(width, **made)
+        self.up = nnx.Linear(width, 4 * width, **made)
+        self.down = nnx.Linear(4 * width, width, **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x += self.attention(self.norm1(x))
@@ -51,12 +57,23 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Four blocks of width 128, bytes in and out; 0.9 million parameters."""
+    """Four blocks, bytes in and out; 0.9 million parameters at a width of 128.
 
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(256, 128, rngs=rngs)
-        self.blocks = nnx.List([Block(128, rngs) for _ in range(4)])
-        self.logits = nnx.Linear(128, 256, rngs=rngs)
+    ``dtype`` is that of the activations. The parameters are float32.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        width: int = 128,
+        num_heads: int = 4,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
+        self.embed = nnx.Embed(256, width, dtype=dtype, rngs=rngs)
+        blocks = [Block(width, num_heads, dtype, rngs) for _ in range(4)]
+        self.blocks = nnx.List(blocks)
+        self.logits = nnx.Linear(width, 256, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
@@ -65,26 +82,42 @@ class Transformer(nnx.Module):
         return self.logits(x)
 
 
-def cnn_batch() -> tuple[jax.Array, jax.Array]:
+def cnn_batch() -> Batch:
     keys = jax.random.split(jax.random.key(0))
     images = jax.random.normal(keys[0], (64, 32, 32, 3))
     return images, jax.random.randint(keys[1], (64,), 0, 10)
 
 
-def transformer_batch() -> tuple[jax.Array, jax.Array]:
-    tokens = jax.random.randint(jax.random.key(0), (16, 65), 0, 256)
+def transformer_batch(texts: int = 16, length: int = 64) -> Batch:
+    tokens = jax.random.randint(jax.random.key(0), (texts, length + 1), 0, 256)
     return tokens[:, :-1], tokens[:, 1:]
 
 
+class Case(NamedTuple):
+    """A model, its mini-batch, and the optimizers that are timed in its step."""
+
+    make_model: Callable[[nnx.Rngs], nnx.Module]
+    make_batch: Callable[[], Batch]
+    optimizers: Sequence[cases.Case] = cases.MODEL_CASES
+
+
 MODELS = {
-    "CNN": (Cnn, cnn_batch),
-    "transformer": (Transformer, transformer_batch),
+    "CNN": Case(Cnn, cnn_batch),
+    "transformer": Case(Transformer, transformer_batch),
+}
+# A step of it takes a minute on a CPU.
+LARGE_MODELS = {
+    "transformer, 114 million, bfloat16": Case(
+        functools.partial(Transformer, width=1536, num_heads=12, dtype=jnp.bfloat16),
+        functools.partial(transformer_batch, 8, 512),
+        cases.LARGE_MODEL_CASES,
+    )
 }
 
 
 def training_steps(
     make_model: Callable[[nnx.Rngs], nnx.Module],
-    batch: tuple[jax.Array, jax.Array],
+    batch: Batch,
     optimizer: optax.GradientTransformation,
     prepare: Callable[[Any], Any] = lambda state: state,
 ) -> Steps:
@@ -123,11 +156,14 @@ def megabytes_more(base: Steps, steps: Steps) -> float:
 
 def bench_models(rounds: int) -> Iterator[Row]:
     """The time and the temporaries of the training steps of `MODELS`."""
-    for name, (make_model, make_batch) in MODELS.items():
-        batch = make_batch()
-        for case in cases.MODEL_CASES:
-            base = training_steps(make_model, batch, cases.BASELINES[case.baseline]())
-            steps = training_steps(make_model, batch, case.make(), case.prepare)
+    on_cpu = jax.default_backend() == "cpu"
+    for name, model in (MODELS if on_cpu else MODELS | LARGE_MODELS).items():
+        of_model = functools.partial(
+            training_steps, model.make_model, model.make_batch()
+        )
+        bases = functools.cache(lambda name, of=of_model: of(cases.BASELINES[name]()))
+        for case in model.optimizers:
+            base, steps = bases(case.baseline), of_model(case.make(), case.prepare)
             # Each round has as many searches.
             timed = beside(base.seconds, steps.seconds, rounds, cases.SEARCH_INTERVAL)
             yield {

@@ -1,5 +1,6 @@
 """The optimizer's step alone, and what precedes the first step."""
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -80,9 +81,9 @@ def compared(
     section: str, tree: str, params: Any, rounds: int, cases: Iterable[Case] = CASES
 ) -> Iterator[tuple[Row, Steps, Steps]]:
     """The row of each case, the steps of its baseline, and its own."""
+    bases = functools.cache(lambda name: optimizer_steps(name, params))
     for case in cases:
-        base = optimizer_steps(case.baseline, params)
-        steps = optimizer_steps(case, params)
+        base, steps = bases(case.baseline), optimizer_steps(case, params)
         row = {
             "section": section,
             "tree": tree,

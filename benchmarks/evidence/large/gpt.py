@@ -14,6 +14,7 @@ from benchmarks.evidence.task import Task
 def gpt(
     load: Callable[[], dict[str, np.ndarray]] = corpus.linux_documentation,
     *,
+    name: str = "gpt",
     width: int = 192,
     depth: int = 5,
     context: int = 128,
@@ -29,7 +30,7 @@ def gpt(
     Held-out windows are so far apart that they come from all held-out files.
     """
     return texts.language_model(
-        "gpt",
+        name,
         load(),
         vocabulary=256,
         width=width,
@@ -43,3 +44,8 @@ def gpt(
         budgets=(budget,),
         dtype=dtype,
     )
+
+
+def gpt_full() -> Task:
+    """The same on 12 MB, eight times as many windows a step."""
+    return gpt(name="gpt-full", batch_size=32, num_test=512)

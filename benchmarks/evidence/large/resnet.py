@@ -68,11 +68,15 @@ class ResNet(nnx.Module):
 
 
 def resnet(
-    folder: pathlib.Path | None = None, *, width: int = 8, epochs: int = 16
+    folder: pathlib.Path | None = None,
+    *,
+    name: str = "resnet",
+    width: int = 8,
+    epochs: int = 16,
 ) -> Task:
     """All training images but the 5000 of validation. ``folder`` has the files."""
     return classification(
-        "resnet",
+        name,
         functools.partial(ResNet, width),
         fashion_mnist.load(fashion_mnist.find_data(folder), 55000),
         batch_size=125,
@@ -83,3 +87,8 @@ def resnet(
         decoupled_decay=0.1,
         has_running_averages=True,
     )
+
+
+def resnet_full() -> Task:
+    """The same with four times as many features, 1.2 million parameters."""
+    return resnet(name="resnet-full", width=32)
