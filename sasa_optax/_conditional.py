@@ -1,4 +1,4 @@
-"""A conditional that is still one under `jax.vmap`."""
+"""A conditional that is still one under `jax.vmap`, and does not hold up a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,34 @@ def cond(
 
     `jax.vmap` turns `jax.lax.cond` into a select, so each member of a population would
     pay for ``true_fun`` at every step. Here the population pays when a member needs it.
-    No gradient passes through.
+    On a GPU a conditional waits until the host has read the predicate, which costs more
+    than a small ``true_fun``. So there it is a select. No gradient passes through.
     """
     # On JAX 0.5, `jax.shard_map` has no rule for what follows.
     if not _devices.knows_what_varies(predicate):
         return jax.lax.cond(predicate, true_fun, false_fun)
-    return _batched_cond(predicate, *_closed(true_fun), *_closed(false_fun))
+    (true_fun, true_values), (false_fun, false_values) = map(
+        _closed, (true_fun, false_fun)
+    )
+
+    def select(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
+        return _selected(predicate, true_fun(true_values), false_fun(false_values))
+
+    def condition(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
+        return _batched_cond(predicate, true_fun, true_values, false_fun, false_values)
+
+    return jax.lax.platform_dependent(
+        predicate,
+        true_values,
+        false_values,
+        cuda=select,
+        rocm=select,
+        default=condition,
+    )
+
+
+def _selected(predicate: jax.Array, if_true: Any, if_false: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), if_true, if_false)
 
 
 def _closed(function: Callable[[], Any]) -> tuple[Callable[[Any], Any], Any]:
@@ -56,8 +78,7 @@ def _batched_cond(
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
 
         def select(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
-            results = true_fun(true_values), false_fun(false_values)
-            return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), *results)
+            return _selected(predicate, true_fun(true_values), false_fun(false_values))
 
         def none(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
             del predicate, true_values

@@ -103,33 +103,3 @@ def test_many_leaves_make_no_program_that_compiles_slowly(name: str, sums: str) 
     assert sum(outer.values()) - few_leaves < 2.5 * sum(inner.values())
     del outer["main"]
     assert max(outer.values()) < 4 * _NUM_LEAVES
-
-
-def _reductions(name: str, platform: str) -> tuple[int, int]:
-    """The sums over leaves in a step, of several products and of one."""
-    shapes = [(200, 50), (10_000,), (5000, 2)]
-    params = {str(i): jnp.ones(shape) for i, shape in enumerate(shapes)}
-    update = optax.with_extra_args_support(_CHAINED[name]()).update
-
-    def step(params: Any, state: Any, updates: Any) -> Any:
-        return update(updates, state, params, value=jnp.float32(1.0))
-
-    traced = jax.jit(step).trace(params, _CHAINED[name]().init(params), params)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    lines = re.findall(r"stablehlo\.reduce\(.*:? \(tensor<\d+x.*", text)
-    large = [line for line in lines if re.search("<(200x50|10000|5000x2)xf32", line)]
-    several = sum(line.count(" init: ") > 1 for line in large)
-    return several, len(large) - several
-
-
-@pytest.mark.parametrize(
-    ("name", "pairs"),
-    [("adapt_on_progress", 2), ("reduce_on_stationarity", 2), ("centred", 3)],
-)
-def test_a_gpu_sums_once_over_each_leaf(
-    name: str, pairs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With two sums in the loop that updates a leaf, XLA copies what it updates."""
-    monkeypatch.setattr(_devices, "num_devices", lambda platform=None: 1)
-    assert _reductions(name, "cuda") == (3, 0)
-    assert _reductions(name, "cpu") == (0, 3 * pairs)

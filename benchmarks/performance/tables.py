@@ -147,5 +147,5 @@ def draw(rows: Sequence[Row], path: pathlib.Path, tree: str) -> None:
     axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"time of a step, plain optimizer = 1; {tree} parameters")
+    axes.set_xlabel(f"time of a step, plain one = 1; {tree} parameters", loc="right")
     figure.savefig(path, dpi=150)
