@@ -24,15 +24,15 @@ def cond(
     # On JAX 0.5, `jax.shard_map` has no rule for what follows.
     if not _devices.knows_what_varies(predicate):
         return jax.lax.cond(predicate, true_fun, false_fun)
-    (true_fun, true_values), (false_fun, false_values) = map(
-        _closed, (true_fun, false_fun)
+    (of_true, true_values), (of_false, false_values) = (
+        _closed(function) for function in (true_fun, false_fun)
     )
 
     def select(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
-        return _selected(predicate, true_fun(true_values), false_fun(false_values))
+        return _selected(predicate, of_true(true_values), of_false(false_values))
 
-    def condition(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
-        return _batched_cond(predicate, true_fun, true_values, false_fun, false_values)
+    def conditional(predicate: jax.Array, true_values: Any, false_values: Any) -> Any:
+        return _batched_cond(predicate, of_true, true_values, of_false, false_values)
 
     return jax.lax.platform_dependent(
         predicate,
@@ -40,7 +40,7 @@ def cond(
         false_values,
         cuda=select,
         rocm=select,
-        default=condition,
+        default=conditional,
     )
 
 
