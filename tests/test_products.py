@@ -48,7 +48,8 @@ def test_products_are_those_of_numpy_in_the_order_of_the_leaves(sums: str) -> No
             for a, b in zip(xs, ys, strict=True)
         ]
         assert row.dtype == jnp.float32
-        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-5)
+        # Products of up to 5000 numbers, of which a CPU adds some one after the other.
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_tree_without_leaves_has_no_product(sums: str) -> None:
