@@ -7,6 +7,8 @@ import queue
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import rich.progress
+
 Job = TypeVar("Job")
 Future = concurrent.futures.Future[Any]
 
@@ -33,3 +35,18 @@ def run_all(
         futures = {pool.submit(work, job): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future
+
+
+def run_with_progress(
+    work: Callable[[Job], Any], jobs: Iterable[Job], workers: int
+) -> list[Job]:
+    """Does the jobs, and returns those that failed, which harm no other."""
+    jobs, failed = list(jobs), []
+    with rich.progress.Progress() as progress:
+        bar = progress.add_task("running", total=len(jobs))
+        for job, future in run_all(work, jobs, workers):
+            progress.update(bar, advance=1, description=str(job))
+            if error := future.exception():
+                failed.append(job)
+                progress.console.print(f"{job}: {error!r}")
+    return failed

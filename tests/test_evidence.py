@@ -17,6 +17,7 @@ from flax import nnx
 
 from benchmarks.evidence import (
     __main__,
+    again,
     bf16_average,
     contenders,
     outcomes,
@@ -368,6 +369,16 @@ def test_the_quick_run_is_resumed(tmp_path: Any) -> None:
     assert all(row["test"][-1] < 20 for row in rows if row["rate"] >= 1)
     # What was cut off in its middle is made again, and nothing else.
     results.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    again = run()
-    assert again[:-1] == rows[:-1]
-    assert again[-1]["test"] == rows[-1]["test"]
+    resumed = run()
+    assert resumed[:-1] == rows[:-1]
+    assert resumed[-1]["test"] == rows[-1]["test"]
+    # What stands there of salsa is replaced by new runs, and nothing else.
+    stale = [row | {"test": [99.0]} for row in rows]
+    results.write_text("".join(json.dumps(row) + "\n" for row in stale))
+    again.main(["salsa", "--results", str(results), "--workers", "1"])
+    for row, old in zip(load(results).values(), rows, strict=True):
+        is_salsa = row["method"] == "salsa"
+        assert row["test"] == (old["test"] if is_salsa else [99.0])
+    assert list(tmp_path.iterdir()) == [results]
+    with pytest.raises(SystemExit, match="got 'tango'"):
+        again.main(["tango", "--results", str(results)])

@@ -11,6 +11,7 @@ what is there is not run again.
     python -m benchmarks.evidence --anytime          # also a quarter and a half of it
     python -m benchmarks.evidence --tier large       # the larger models, hours
     python -m benchmarks.evidence --quick            # does it run? In seconds.
+    python -m benchmarks.evidence.again progress     # after a change of these methods
     python -m benchmarks.evidence.search_interval    # the table in docs/salsa.md
 
 A method may have arguments, as in the third line: to compare a candidate for a default

@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from benchmarks import evidence, publishing
+from benchmarks import evidence, processes, publishing
 from benchmarks.evidence import pictures, tables
 from benchmarks.evidence.contenders import LARGE_METHODS, SMALL_METHODS
-from benchmarks.evidence.jobs import jobs_of, run_all
+from benchmarks.evidence.jobs import jobs_of, work
 from benchmarks.evidence.outcomes import Rows
 from benchmarks.evidence.runs import load
 from benchmarks.evidence.task import Task
@@ -77,7 +77,7 @@ def publish_tier(tier: str, rows: Rows, page: pathlib.Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    if failed := run_all(jobs_of(args), args.workers):
+    if failed := processes.run_with_progress(work, jobs_of(args), args.workers):
         raise SystemExit(f"failed: {', '.join(map(str, failed))}")
     if args.publish and args.tier != "small":
         publish_tier(args.tier, load(args.results), DOCS / "evidence.md")

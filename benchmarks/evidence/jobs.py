@@ -2,12 +2,8 @@
 
 import argparse
 import pathlib
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-import rich.progress
-
-from benchmarks import processes
 from benchmarks.evidence.contenders import ANYTIME, method_named
 from benchmarks.evidence.runs import Runs, load
 from benchmarks.evidence.tasks import task_named
@@ -71,16 +67,3 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         for method in args.methods
         if is_wanted(kind, task, method)
     ]
-
-
-def run_all(jobs: Iterable[Job], workers: int) -> list[Job]:
-    """Does the jobs, and returns those that failed, which harm no other."""
-    jobs, failed = list(jobs), []
-    with rich.progress.Progress() as progress:
-        bar = progress.add_task("running", total=len(jobs))
-        for job, future in processes.run_all(work, jobs, workers):
-            progress.update(bar, advance=1, description=str(job))
-            if error := future.exception():
-                failed.append(job)
-                progress.console.print(f"{job}: {error!r}")
-    return failed

@@ -4,8 +4,6 @@ import argparse
 import os
 import pathlib
 
-import rich.progress
-
 from benchmarks import papers, processes, publishing
 from benchmarks.papers import tables
 from benchmarks.papers.methods import methods_of
@@ -60,24 +58,11 @@ def jobs_of(args: argparse.Namespace, protocol: Protocol) -> list[Job]:
     return [Job(key, args.data, args.results) for key in keys if key not in there]
 
 
-def run_all(jobs: list[Job], workers: int) -> list[Job]:
-    """Does the jobs, and returns those that failed, which harm no other."""
-    failed = []
-    with rich.progress.Progress() as progress:
-        bar = progress.add_task("running", total=len(jobs))
-        for job, future in processes.run_all(work, jobs, workers):
-            progress.update(bar, advance=1, description=str(job))
-            if error := future.exception():
-                failed.append(job)
-                progress.console.print(f"{job}: {error!r}")
-    return failed
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     protocol = protocol_named(args.experiment)
     workers = args.workers or (1 if args.data else os.cpu_count() or 1)
-    failed = run_all(jobs_of(args, protocol), workers)
+    failed = processes.run_with_progress(work, jobs_of(args, protocol), workers)
     rows = load(args.results)
     data = protocol.stand_in if args.data is None else "folder"
     print(tables.published(rows, protocol, data))
