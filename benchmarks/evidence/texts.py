@@ -50,8 +50,9 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
+        mask = nnx.make_causal_mask(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return self.logits(self.norm(x))
 
 
@@ -66,8 +67,7 @@ class Block(nnx.Module):
         self.wide = nnx.Linear(width, 4 * width, **made)
         self.narrow = nnx.Linear(4 * width, width, **made)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        mask = nnx.make_causal_mask(x[..., 0])
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         x += self.attention(self.norm1(x), mask=mask)
         return x + self.narrow(nnx.gelu(self.wide(self.norm2(x))))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks.evidence.texts import Block
 from benchmarks.performance import cases
 from benchmarks.performance.timing import Steps, beside
 from benchmarks.publishing import Row
@@ -38,22 +39,6 @@ class Cnn(nnx.Module):
             x += nnx.relu(conv(x))
         x = x.reshape(len(x), -1)
         return self.logits(nnx.relu(self.hidden(x)))
-
-
-class Block(nnx.Module):
-    def __init__(
-        self, width: int, num_heads: int, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        made: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = nnx.LayerNorm(width, **made)
-        self.attention = nnx.MultiHeadAttention(num_heads, width, decode=False, **made)
-        self.norm2 = nnx.LayerNorm(width, **made)
-        self.up = nnx.Linear(width, 4 * width, **made)
-        self.down = nnx.Linear(4 * width, width, **made)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x += self.attention(self.norm1(x))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
 
 class Transformer(nnx.Module):
