@@ -10,16 +10,17 @@ import optax
 from sasa_optax import _average, _checks, _loss_gate, _progress, _tree, _types
 from sasa_optax._types import AxisName, DType, Numeric
 
-# Over a horizon, the logarithm of the scale changes by log(R / R*) where it rises, and
-# by a tenth of it where it falls, within these limits. A horizon is an eighth of all
+# Over a horizon, the logarithm of the scale changes by this times the error, which is
+# that of the logarithm of progress, within these limits. A horizon is an eighth of all
 # steps, so in the end the scale falls no faster than k^-0.8. Averaged, such rates are
 # those of Polyak and Ruppert, whose exponents lie between 1/2 and 1.
-_MOST_UP, _DOWN, _MOST_DOWN = 1.0, 0.1, 0.1
+_UP, _MOST_UP = 2.0, 1.0
+_DOWN, _MOST_DOWN = 0.1, 0.1
 # The first descent raises progress. So at step k the scale rises only if progress
 # exceeds its target by a factor of 1 + (128 / k)^2.
 _SETTLING = 128
-# A rise goes too far before progress can tell. So soon after the newest rise, at step
-# j, a fall is faster by up to 1 + 8 (j / k)^2.
+# A rise may still have gone too far. So soon after the newest rise, at step j, a fall
+# is faster by up to 1 + 8 (j / k)^2.
 _CORRECTION = 8.0
 # Progress between its target and one may be that of a free walk, which never settles.
 # So over a horizon the scale falls by up to this where the loss has stalled meanwhile:
@@ -37,6 +38,8 @@ class AdaptOnProgressState(NamedTuple):
 
     Attributes:
       scale: what multiplies the updates of the next step, shape ().
+      past_scale: the geometric mean of the scale over about a horizon, shape (). A cut
+        makes it the new scale.
       target: what progress is compared with, shape (). It is a reading.
       ceiling: the bound of the scale since the newest cut, shape (); infinite before
         the first.
@@ -58,6 +61,7 @@ class AdaptOnProgressState(NamedTuple):
     """
 
     scale: jax.Array
+    past_scale: jax.Array
     target: jax.Array
     ceiling: jax.Array
     sees_loss: jax.Array
@@ -91,6 +95,7 @@ def _cut(
     num_losses = jnp.where(verdict.is_lost, 0, state.losses.num_losses)
     state = state._replace(
         scale=scale,
+        past_scale=jnp.where(is_cut, scale, state.past_scale),
         ceiling=jnp.where(is_cut, scale, state.ceiling),
         num_overshoots=state.num_overshoots + is_overshoot.astype(jnp.int32),
         num_brakes=state.num_brakes + verdict.is_lost.astype(jnp.int32),
@@ -102,19 +107,33 @@ def _cut(
     return state, is_cut
 
 
+def _log(x: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+def expected_progress(state: AdaptOnProgressState) -> jax.Array:
+    """What progress will be within a horizon if the scale stays as it is.
+
+    Around an optimum progress is about inversely proportional to the scale, and shows
+    that of the horizon behind it.
+    """
+    change = _log(state.scale) - _log(state.past_scale)
+    return jnp.exp(_log(state.measured.progress) - change)
+
+
 def _change(
     state: AdaptOnProgressState, verdict: _loss_gate.Verdict, steps: jax.Array
 ) -> jax.Array:
     """The change of the logarithm of the scale over a horizon."""
     dtype = state.scale.dtype
     count = steps.astype(dtype)
-    progress = jnp.maximum(state.measured.progress, jnp.finfo(dtype).tiny)
-    error = jnp.log(progress / state.target)
-    up = jnp.clip(error - jnp.log1p((_SETTLING / count) ** 2), 0, _MOST_UP)
+    progress = state.measured.progress
+    error = jnp.log(expected_progress(state) / state.target)
+    up = jnp.clip(_UP * (error - jnp.log1p((_SETTLING / count) ** 2)), 0, _MOST_UP)
     newest_rise = jnp.maximum(state.last_rise, _SETTLING).astype(dtype)
     nearness = jnp.minimum(1, newest_rise / count) ** 2
     down = jnp.clip(_DOWN * error, -_MOST_DOWN, 0) * (1 + _CORRECTION * nearness)
-    is_walk = (error > 0) & (progress < 1)
+    is_walk = (progress > state.target) & (progress < 1)
     down -= jnp.where(is_walk, _STALLED * verdict.stalled, 0)
     has_begun = state.measured.num_walked >= MIN_STEPS
     return jnp.where(verdict.may_rise, up, 0) + jnp.where(has_begun, down, 0)
@@ -136,6 +155,7 @@ class _Adapter:
         count = jnp.zeros((), jnp.int32)
         return AdaptOnProgressState(
             scale=self._clipped(jnp.ones((), number)),
+            past_scale=self._clipped(jnp.ones((), number)),
             target=jnp.asarray(self.target, number),
             ceiling=jnp.full((), jnp.inf, number),
             sees_loss=jnp.zeros((), bool),
@@ -187,7 +207,10 @@ class _Adapter:
             # A loss that is not finite has no gradient worth following either.
             returns=verdict.is_lost | verdict.is_missing,
         )
-        state = state._replace(scale=scale, measured=measured)
+        past = jnp.exp(
+            _log(state.past_scale) * (1 - 1 / horizon) + _log(scale) / horizon
+        )
+        state = state._replace(scale=scale, past_scale=past, measured=measured)
         change = jnp.where(is_cut, 0, _change(state, verdict, steps))
         # The scale stays below the ceiling, which rises slowly.
         wanted = jnp.minimum(scale * jnp.exp(change / horizon), state.ceiling)

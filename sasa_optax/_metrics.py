@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sasa_optax._adapt import MIN_STEPS, AdaptOnProgressState
+from sasa_optax._adapt import MIN_STEPS, AdaptOnProgressState, expected_progress
 from sasa_optax._controller import ControllerState
 from sasa_optax._line_search import LineSearchState
 from sasa_optax._progress import ProgressState
@@ -58,22 +58,24 @@ def outlook(row: dict[str, Any]) -> list[str]:
 
 
 def _next_move(row: dict[str, Any]) -> str:
-    """Where progress stands beside its target, if it has one, and what follows."""
+    """What is expected of progress beside its target, if it has one; what follows."""
     if "target" not in row:
         return ""
     if row["step"] < MIN_STEPS:
         move = "too early to judge"
-    elif row["progress"] <= row["target"] or has_stalled(row):
-        move = "may fall"
-    else:
+    elif moves_on(row):
         move = "may rise" if row["sees_loss"] else "stays without a loss"
-    return f" (target {row['target']:.2g}), {move}"
+    else:
+        move = "may fall"
+    expected = f", expected {row['expected_progress']:.2g}"
+    return f"{expected} (target {row['target']:.2g}), {move}"
 
 
-def has_stalled(row: dict[str, Any]) -> bool:
-    """Whether the parameters walk in place and the loss has not fallen meanwhile."""
-    is_seen = row["progress"] < 1 and row["sees_loss"]
-    return is_seen and row["loss_fast"] > row["loss_slow"]
+def moves_on(row: dict[str, Any]) -> bool:
+    """Whether progress stays above its target, and the loss has not stalled."""
+    is_walk = row["progress"] < 1 and row["sees_loss"]
+    has_stalled = is_walk and row["loss_fast"] > row["loss_slow"]
+    return row["expected_progress"] > row["target"] and not has_stalled
 
 
 def why_no_cut(test: TestResult) -> str:
@@ -95,7 +97,8 @@ def _fields(state: _Reporting) -> dict[str, Any]:
             return _fields(state.controller) | own(_SEARCH) | losses
         case AdaptOnProgressState():
             losses = {f"loss_{name}": getattr(state.losses, name) for name in _LOSSES}
-            return _fields(state.measured) | own(_ADAPTING) | losses
+            expected = {"expected_progress": expected_progress(state)}
+            return _fields(state.measured) | expected | own(_ADAPTING) | losses
         case ProgressState():
             return {"step": state.average.num_averaged, "progress": state.progress}
 
@@ -116,10 +119,11 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       ``line_search_active``, ``step_size``, ``num_evaluations``. `salsa` also adds the
       newest test of the losses, as ``loss_test_step`` and so on.
 
-      `adapt_on_progress` gives ``step``, ``progress``, ``scale``, ``target``,
-      ``sees_loss``, ``num_overshoots``, ``num_brakes``, ``num_nonfinite``,
-      ``last_cut``, ``ceiling`` (infinite before the first cut), and of the `LossState`
-      ``loss_fast``, ``loss_slow``, ``loss_first``, ``loss_best``.
+      `adapt_on_progress` gives ``step``, ``progress``, ``expected_progress`` (within a
+      horizon, if the scale stays as it is), ``scale``, ``target``, ``sees_loss``,
+      ``num_overshoots``, ``num_brakes``, ``num_nonfinite``, ``last_cut``, ``ceiling``
+      (infinite before the first cut), and of the `LossState` ``loss_fast``,
+      ``loss_slow``, ``loss_first``, ``loss_best``.
 
       `reduce_on_stationarity` and `adapt_on_progress` do not know the rate of the other
       optimizer. They give ``learning_rate``, that rate times the scale, if the other

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sasa_optax import _loss_gate
-from sasa_optax._metrics import has_stalled, next_test, read_test, why_no_cut
+from sasa_optax._metrics import moves_on, next_test, read_test, why_no_cut
 from sasa_optax._stationarity import TestResult
 
 if TYPE_CHECKING:
@@ -146,8 +146,11 @@ def _draw_progress(history: "History", ax: "Axes") -> None:
         ax.plot(steps, target, "--", color="tab:gray", label="target")
         sees_loss = history.rows[-1]["sees_loss"]
         rise = "the scale may rise" if sees_loss else "without a loss it stays"
+        expected = _column(history, "expected_progress")[1]
+        label = "expected at this scale"
+        ax.plot(steps, expected, ":", color="tab:purple", label=label)
         rows = [row for row in history.rows if "progress" in row]
-        above = np.greater(progress, target) & ~np.array([*map(has_stalled, rows)])
+        above = np.array([*map(moves_on, rows)])
         style: Any = {"interpolate": True, "alpha": 0.2, "linewidth": 0}
         for where, color, label in (
             (above, "tab:green", f"moves on: {rise}"),
@@ -155,7 +158,7 @@ def _draw_progress(history: "History", ax: "Axes") -> None:
         ):
             where = where.tolist()
             ax.fill_between(
-                steps, progress, target, where, color=color, label=label, **style
+                steps, expected, target, where, color=color, label=label, **style
             )
     ax.set_yscale("log")
     ax.set_ylabel("progress")
