@@ -95,7 +95,6 @@ def _cut(
     num_losses = jnp.where(verdict.is_lost, 0, state.losses.num_losses)
     state = state._replace(
         scale=scale,
-        past_scale=jnp.where(is_cut, scale, state.past_scale),
         ceiling=jnp.where(is_cut, scale, state.ceiling),
         num_overshoots=state.num_overshoots + is_overshoot.astype(jnp.int32),
         num_brakes=state.num_brakes + verdict.is_lost.astype(jnp.int32),
@@ -109,6 +108,11 @@ def _cut(
 
 def _log(x: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+def _followed(past: jax.Array, scale: jax.Array, horizon: jax.Array) -> jax.Array:
+    """The geometric mean of the scale over about a horizon, one step later."""
+    return jnp.exp(_log(past) + (_log(scale) - _log(past)) / horizon)
 
 
 def expected_progress(state: AdaptOnProgressState) -> jax.Array:
@@ -207,10 +211,10 @@ class _Adapter:
             # A loss that is not finite has no gradient worth following either.
             returns=verdict.is_lost | verdict.is_missing,
         )
-        past = jnp.exp(
-            _log(state.past_scale) * (1 - 1 / horizon) + _log(scale) / horizon
+        past_scale = jnp.where(
+            is_cut, scale, _followed(state.past_scale, scale, horizon)
         )
-        state = state._replace(scale=scale, past_scale=past, measured=measured)
+        state = state._replace(scale=scale, past_scale=past_scale, measured=measured)
         change = jnp.where(is_cut, 0, _change(state, verdict, steps))
         # The scale stays below the ceiling, which rises slowly.
         wanted = jnp.minimum(scale * jnp.exp(change / horizon), state.ceiling)

@@ -148,7 +148,7 @@ def _draw_progress(history: "History", ax: "Axes") -> None:
         rise = "the scale may rise" if sees_loss else "without a loss it stays"
         expected = _column(history, "expected_progress")[1]
         label = "expected at this scale"
-        ax.plot(steps, expected, ":", color="tab:purple", label=label)
+        ax.plot(steps, expected, color="tab:purple", alpha=0.4, label=label)
         rows = [row for row in history.rows if "progress" in row]
         above = np.array([*map(moves_on, rows)])
         style: Any = {"interpolate": True, "alpha": 0.2, "linewidth": 0}

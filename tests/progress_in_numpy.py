@@ -17,6 +17,12 @@ def weights(steps: int, age: int = 0) -> np.ndarray:
     return np.tril(np.exp(np.minimum(log_weights, 0)))
 
 
+def past_scales(scales: np.ndarray) -> np.ndarray:
+    """The geometric mean of the scales of about a horizon, after each step."""
+    kept = weights(len(scales)) / (horizons(len(scales)) - 1)
+    return np.exp(kept @ np.log(scales))
+
+
 def dissipation(momentum: float, nu: float = 1.0) -> float:
     """1 / (the variance of a direction made of white gradients of variance 1)."""
     lags = np.arange(10_000)

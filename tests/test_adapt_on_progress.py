@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import optax
 import pytest
-from progress_in_numpy import expected_progress, horizons, mean_stall
+from progress_in_numpy import expected_progress, horizons, mean_stall, past_scales
 from states import part_of
 
 import sasa_optax
@@ -126,6 +126,7 @@ def _run_block(
         seen = {
             "scale": adaptive.scale,
             "progress": adaptive.measured.progress,
+            "past_scale": adaptive.past_scale,
             "last_rise": adaptive.last_rise,
         }
         return (optax.apply_updates(params, updates), state), seen
@@ -204,7 +205,11 @@ def test_it_rises_above_the_target_and_falls_below_it(x64: None, target: float) 
     """A run comes from far away into a basin, and the scale follows the formula."""
     seen, state = _run(_Task(1e-3, 30.0), _Servo(target), steps=3000)
     assert int(state.num_overshoots) == int(state.num_brakes) == 0
-    progress, changes = seen["progress"][1:], _changes(seen["scale"])
+    # The scale of each step is the one that the step before has left.
+    scales = np.append(1, seen["scale"])[:-1]
+    past = past_scales(scales)
+    np.testing.assert_allclose(seen["past_scale"], past)
+    progress, changes = (seen["progress"] * past / scales)[1:], _changes(seen["scale"])
     count = np.arange(2, 3001)
     settling = (_adapt._SETTLING / count) ** 2
     above = progress > target * (1 + settling)
@@ -217,7 +222,7 @@ def test_it_rises_above_the_target_and_falls_below_it(x64: None, target: float) 
     assert np.sum(below) > 300
     assert np.sum(is_rise) > 50
     assert np.all(above[is_rise])
-    asked = np.minimum(error - np.log1p(settling), _adapt._MOST_UP)
+    asked = np.minimum(_adapt._UP * (error - np.log1p(settling)), _adapt._MOST_UP)
     np.testing.assert_allclose(changes[is_rise], asked[is_rise], atol=1e-9)
     np.testing.assert_allclose(changes[~below & ~is_rise], 0, atol=1e-9)
 

@@ -319,6 +319,9 @@ def _assert_accounted_for(arguments: Any, history: Any, losses: np.ndarray) -> N
     ratios = scales[1:] / scales[:-1]
     cut = np.maximum(scales[:-1] / _adapt._CUT, lowest)
     np.testing.assert_allclose(scales[1:][is_cut], cut[is_cut], rtol=1e-5)
+    np.testing.assert_allclose(states.past_scale[is_cut], cut[is_cut], rtol=1e-5)
+    assert np.all(states.past_scale >= lowest * (1 - 1e-5))
+    assert np.all(states.past_scale <= highest * (1 + 1e-5))
     fastest = np.exp(_adapt._MOST_UP / np.maximum(32, steps / 8))
     assert np.all(ratios <= fastest * (1 + 1e-6))
     rises = ratios > 1

@@ -22,6 +22,7 @@ _PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(2)}
 _EXPECTED = {
     "step": 11,
     "progress": 0.25,
+    "expected_progress": 0.1875,
     "scale": 2.0,
     "target": 0.375,
     "sees_loss": True,
@@ -54,6 +55,7 @@ def _adapting() -> sasa_optax.AdaptOnProgressState:
     state = _initial()
     return state._replace(
         scale=jnp.asarray(2.0),
+        past_scale=jnp.asarray(1.5),
         target=jnp.asarray(0.375),
         sees_loss=jnp.asarray(True),
         num_overshoots=jnp.asarray(3),
@@ -74,7 +76,8 @@ def _adapting() -> sasa_optax.AdaptOnProgressState:
 
 def _row(step: int, **changes: Any) -> dict[str, Any]:
     """The metrics of a run without a cut, with some changes."""
-    state = _initial()._replace(measured=_measured(step, 0.5))
+    past_scale = jnp.asarray(0.9)
+    state = _initial()._replace(measured=_measured(step, 0.5), past_scale=past_scale)
     return {**sasa_optax.metrics(state), **changes}
 
 
@@ -333,6 +336,8 @@ def test_the_picture_shows_loss_scale_and_progress(tmp_path: Any) -> None:
     lines = {line.get_label(): line for line in progress.lines}
     assert lines["target"].get_ls() == "--"
     np.testing.assert_allclose(lines["target"].get_ydata(), [0.4] * 5, rtol=1e-6)
+    expected = [row["expected_progress"] for row in _history().rows]
+    assert lines["expected at this scale"].get_ydata().tolist() == expected
     assert set(lines["random walk"].get_ydata()) == {1}
     assert 0 < lines["random walk"].get_alpha() < 0.5
     assert "moves on: the scale may rise" in _labels(progress)
