@@ -239,16 +239,17 @@ def adapt_on_progress(
 
     Put it after a complete optimizer, give it the loss, and evaluate
     `averaged_params`. It needs no schedule, no horizon and no epochs. After each step
-    it compares **progress** R, the squared distance of the parameters from their
-    average over that of a random walk (`measure_progress`), with its target R*, and
-    moves the scale s of the updates:
+    it takes **progress** R, the squared distance of the parameters from their average
+    over that of a random walk (`measure_progress`). It compares what R will be at the
+    present scale s of the updates with a target R*, and moves the scale:
 
     .. math::
 
-      \log s \leftarrow \log s + \tfrac1h \,
-      \mathrm{clip}(a \log(R / R^*), -0.1, 1), \qquad h = \max(32, k/8),
+      \log s \leftarrow \log s + \tfrac1h \, \mathrm{clip}\Bigl(
+      a \log \frac{R \bar s}{R^* s}, -0.1, 1\Bigr), \qquad h = \max(32, k/8),
 
-    with a = 1 where it rises and 0.1 where it falls. Progress above the target says
+    with a = 2 where it rises and 0.1 where it falls. The geometric mean of s over a
+    horizon h is s̄, as R shows the steps of a horizon. Progress above the target says
     that the run still goes somewhere, so that larger steps would get there faster.
     Below the target the parameters move around in place, and smaller steps come closer.
     In the first steps a rise takes more progress, and soon after a rise a fall is

@@ -58,7 +58,7 @@ def outlook(row: dict[str, Any]) -> list[str]:
 
 
 def _next_move(row: dict[str, Any]) -> str:
-    """What is expected of progress beside its target, if it has one; what follows."""
+    """Where progress stands beside its target, if it has one, and what follows."""
     if "target" not in row:
         return ""
     if row["step"] < MIN_STEPS:
@@ -66,9 +66,9 @@ def _next_move(row: dict[str, Any]) -> str:
     elif moves_on(row):
         move = "may rise" if row["sees_loss"] else "stays without a loss"
     else:
-        move = "may fall"
-    expected = f", expected {row['expected_progress']:.2g}"
-    return f"{expected} (target {row['target']:.2g}), {move}"
+        has_risen = row["expected_progress"] <= row["target"] < row["progress"]
+        move = "has risen enough, may fall" if has_risen else "may fall"
+    return f" (target {row['target']:.2g}), {move}"
 
 
 def moves_on(row: dict[str, Any]) -> bool:

@@ -49,29 +49,32 @@ _FIRST_TEST = "next test at step 8100"
         (
             _ADAPT,
             {"step": 63},
-            "step 63  scale 1  progress 1, expected 1 (target 0.4), too early to judge",
+            "step 63  scale 1  progress 1 (target 0.4), too early to judge",
         ),
         (
             _ADAPT,
             {"step": 64, "sees_loss": True},
-            "step 64  scale 1  progress 1, expected 1 (target 0.4), may rise",
+            "step 64  scale 1  progress 1 (target 0.4), may rise",
         ),
         (
             _ADAPT,
             {"step": 64},
-            "step 64  scale 1  progress 1, expected 1 (target 0.4), "
-            "stays without a loss",
+            "step 64  scale 1  progress 1 (target 0.4), stays without a loss",
         ),
         (
             optax.chain(_INJECTED, _ADAPT),
+            {"step": 99, "sees_loss": True, "expected_progress": 0.3, "progress": 0.2},
+            "step 99  learning rate 0.25  progress 0.2 (target 0.4), may fall",
+        ),
+        (
+            _ADAPT,
             {"step": 99, "sees_loss": True, "expected_progress": 0.3},
-            "step 99  learning rate 0.25  progress 1, expected 0.3 (target 0.4), "
-            "may fall",
+            "step 99  scale 1  progress 1 (target 0.4), has risen enough, may fall",
         ),
         (
             _ADAPT,
             {"step": 64, "sees_loss": True, "progress": 0.7, "loss_fast": 1.0},
-            "step 64  scale 1  progress 0.7, expected 1 (target 0.4), may fall",
+            "step 64  scale 1  progress 0.7 (target 0.4), may fall",
         ),
         (sasa_optax.measure_progress(), {}, "step 0  progress 1"),
     ],
