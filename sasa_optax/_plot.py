@@ -162,7 +162,7 @@ def _draw_progress(history: "History", ax: "Axes") -> None:
             )
     ax.set_yscale("log")
     ax.set_ylabel("progress")
-    _legend_above(ax)
+    _legend_above(ax, num_columns=3)
 
 
 def _draw_tests(history: "History", ax: "Axes") -> None:
