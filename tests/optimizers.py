@@ -186,7 +186,7 @@ SERVOS = ("adapt_on_progress", "measure_progress")
 # The fields of any state that show what the optimizer has decided.
 DECISIONS = (
     *("num_drops", "last_test", "scale", "num_evaluations", "progress", "ceiling"),
-    *("num_overshoots", "num_brakes", "last_cut", "last_rise"),
+    *("past_scale", "num_overshoots", "num_brakes", "last_cut", "last_rise"),
 )
 
 
