@@ -73,8 +73,8 @@ def _next_move(row: dict[str, Any]) -> str:
 
 def moves_on(row: dict[str, Any]) -> bool:
     """Whether progress stays above its target, and the loss has not stalled."""
-    is_walk = row["progress"] < 1 and row["sees_loss"]
-    has_stalled = is_walk and row["loss_fast"] > row["loss_slow"]
+    is_walk = row["target"] < row["progress"] < 1
+    has_stalled = is_walk and row["sees_loss"] and row["loss_fast"] > row["loss_slow"]
     return row["expected_progress"] > row["target"] and not has_stalled
 
 

@@ -76,6 +76,11 @@ _FIRST_TEST = "next test at step 8100"
             {"step": 64, "sees_loss": True, "progress": 0.7, "loss_fast": 1.0},
             "step 64  scale 1  progress 0.7 (target 0.4), may fall",
         ),
+        (
+            _ADAPT,
+            {"step": 64, "sees_loss": True, "progress": 0.3, "loss_fast": 1.0},
+            "step 64  scale 1  progress 0.3 (target 0.4), may rise",
+        ),
         (sasa_optax.measure_progress(), {}, "step 0  progress 1"),
     ],
 )
