@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The smallest machines have two cores.
 WORKERS ?= 2
+# Where it is set, each process compiles all that it imports again, for some 7 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check pytest matrix test-slow test-one-device \
 	test-oldest calibration collapse bench evidence evidence-large papers validity \

@@ -13,8 +13,6 @@ import pytest
 import sasa_optax
 from sasa_optax import _devices, _products
 
-pytestmark = pytest.mark.optimized
-
 _RANDOM = np.random.default_rng(0)
 # Many of each size, in turn, with some that stay alone.
 _SHAPES = [(3,), (2, 3), (6,), (), (0, 2), (100, 50), (1, 3), ()] * 20
