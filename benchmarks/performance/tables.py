@@ -43,6 +43,11 @@ QUOTED = {
         "adamw-progress",
     ),
     "anytime": ("within the target", "ahead of schedule-free-sgd"),
+    "large-anytime": (
+        "within the target",
+        "ahead of schedule-free-adamw-calibrated",
+        "ahead of prodigy-linear",
+    ),
 }
 
 # The heads of the columns of text, which come first.
