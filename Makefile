@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The smallest machines have two cores.
 WORKERS ?= 2
+# Each file is run by one worker, which compiles what its tests share once.
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 # Where it is set, each process compiles all that it imports again, for some 7 s.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -21,18 +23,18 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "" --matrix check --counts check
+	$(PYTEST) -m "" --matrix check --counts check
 
 matrix: $(VENV)/.dev  ## The tables of docs/everywhere.md and docs/reliability.md.
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m environment --matrix write tests
+	$(PYTEST) -m environment --matrix write tests
 	$(BIN)/python -m pytest -qq --collect-only -m "" --counts write
 
 test-slow: $(VENV)/.dev  ## The property tests with ten times the examples.
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -q -n $(WORKERS) -m "not example"
+	HYPOTHESIS_PROFILE=slow $(PYTEST) -m "not example"
 
 # On a CPU with one device the leaves are computed in sequence. With eight they are not.
 test-one-device: $(VENV)/.dev  ## The tests that can run on a single device.
-	NUM_DEVICES=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "" \
+	NUM_DEVICES=1 $(PYTEST) -m "" \
 		tests/everywhere tests/oracles tests/test_controller.py tests/test_fuzz.py \
 		tests/test_line_search*.py tests/test_momentum.py \
 		tests/test_own_statistics.py tests/test_statistics.py

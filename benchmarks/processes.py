@@ -1,6 +1,7 @@
 """Runs jobs side by side, each process on a core of its own."""
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import queue
@@ -29,9 +30,9 @@ def run_all(
     cores = context.Queue()
     for core in range(workers):
         cores.put(core)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, _take_a_core, (cores,)
-    ) as pool:
+    # A single process may go wherever there is room.
+    take_a_core = functools.partial(_take_a_core, cores) if workers > 1 else None
+    with concurrent.futures.ProcessPoolExecutor(workers, context, take_a_core) as pool:
         futures = {pool.submit(work, job): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future

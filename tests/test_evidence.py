@@ -27,6 +27,7 @@ from benchmarks.evidence import (
     training,
     tuning,
 )
+from benchmarks.evidence import __main__ as command_line
 from benchmarks.evidence.images import Convolution, shuffled_rows
 from benchmarks.evidence.runs import Key, load
 from benchmarks.evidence.tasks import QUICK, task_named
@@ -356,20 +357,25 @@ def test_the_stress_table_has_an_accuracy_for_each_batch_size(
 
 
 @pytest.mark.example
-def test_the_quick_run_is_resumed(tmp_path: Any) -> None:
+def test_the_quick_run_is_resumed(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "evidence.jsonl"
-    command = [sys.executable, "-m", "benchmarks.evidence", "--quick", "--results"]
+    arguments = ["-m", "benchmarks.evidence", "--quick", "--results", str(results)]
 
-    def run() -> list[Any]:
-        subprocess.run([*command, results], check=True, timeout=500, cwd=_ROOT)
+    def stored() -> list[Any]:
         return [json.loads(line) for line in results.read_text().splitlines()]
 
-    rows = run()
+    subprocess.run([sys.executable, *arguments], check=True, timeout=500, cwd=_ROOT)
+    rows = stored()
     assert {row["method"] for row in rows} == {"sgd-cosine", "salsa"}
     assert all(row["test"][-1] < 20 for row in rows if row["rate"] >= 1)
     # What was cut off in its middle is made again, and nothing else.
     results.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    resumed = run()
+    # In this process, which has already imported all that it needs.
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    command_line.main()
+    resumed = stored()
     assert resumed[:-1] == rows[:-1]
     assert resumed[-1]["test"] == rows[-1]["test"]
     # What stands there of salsa is replaced by new runs, and nothing else.

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -23,8 +22,6 @@ _ROOT = pathlib.Path(__file__).parent.parent
 def _run_example(name: str, *arguments: str) -> str:
     run = subprocess.run(
         [sys.executable, _ROOT / "examples" / f"{name}.py", *arguments],
-        # To compile takes most of the time.
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
     )

@@ -28,7 +28,7 @@ _from_jax_0_10 = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def one_device() -> dict[str, Any]:
     script = pathlib.Path(__file__).with_name("one_device.py")
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     process = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True
     )

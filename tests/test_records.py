@@ -119,13 +119,14 @@ def test_a_file_cut_at_any_byte_has_all_whole_records(tmp_path: pathlib.Path) ->
     rows = _written(path).rows
     whole = path.read_bytes()
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    newest = _metrics(99)
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         # A record is there once its closing brace is, which precedes the line break.
         num_whole = sum(end <= size for end in ends)
         assert sasa_optax.History.from_jsonl(path).rows == rows[:num_whole]
         history = sasa_optax.History(path)
-        history.record(_metrics(99), loss=0.0)
+        history.record(newest, loss=0.0)
         assert history.rows[:-1] == rows[:num_whole]
         assert sasa_optax.History.from_jsonl(path).rows == history.rows
 
