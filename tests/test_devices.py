@@ -408,6 +408,18 @@ def test_shard_map_without_axis_name_is_refused(name: str) -> None:
         _assert_sharded_by_hand(make(name), name, _line(), _SHARDED, check=True)
 
 
+@_not_on_jax_0_5
+def test_quantiles_of_degrees_of_freedom_that_differ_between_devices() -> None:
+    """JAX wants what a loop carries to differ between devices from its start."""
+    dofs = jnp.arange(1.0, 1 + NUM_DEVICES)
+
+    def of_one(dofs: jax.Array) -> jax.Array:
+        return sasa_optax.student_t_quantile(0.9, dofs)
+
+    mapped = mapped_over(of_one, _line(), P("fsdp"), P("fsdp"), check=True)
+    np.testing.assert_allclose(mapped(dofs), of_one(dofs), rtol=1e-6)
+
+
 # What is sent.
 
 
