@@ -408,7 +408,6 @@ def test_shard_map_without_axis_name_is_refused(name: str) -> None:
         _assert_sharded_by_hand(make(name), name, _line(), _SHARDED, check=True)
 
 
-@_not_on_jax_0_5
 def test_quantiles_of_degrees_of_freedom_that_differ_between_devices() -> None:
     """JAX wants what a loop carries to differ between devices from its start."""
     dofs = jnp.arange(1.0, 1 + NUM_DEVICES)

@@ -132,7 +132,7 @@ def test_the_guide_measures_a_model_of_ones_own(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 6),
-    reason="on JAX 0.5 the test is a plain cond, which vmap makes a select of",
+    reason="on JAX 0.5 vmap makes a select of the test: docs/everywhere.md",
 )
 def test_a_population_tests_only_when_a_member_must() -> None:
     """What `jax.vmap` makes of `jax.lax.cond` would test all of them at each step."""
