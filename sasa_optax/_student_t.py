@@ -1,6 +1,7 @@
 """Student's t-distribution for degrees of freedom that are traced values.
 
-With T = sqrt(dof) tan(s), the angle s has the density cos(s)^(dof - 1), up to a factor.
+With T = sqrt(dof) tan(s) and v = tan(s/2), the density of v in [-1, 1] is
+((1 - v^2) / (1 + v^2))^(dof - 1) / (1 + v^2), up to a factor.
 """
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 # well, but takes half a second to compile, each time it is used.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
-_NUM_DEVIATIONS = 8.0
+# Eight standard deviations of v, each about 0.5 / sqrt(dof), times sqrt(dof).
+_WIDTH = 8 * 0.5
 
 # Five steps reach 1e-14 at a tail of 1e-5, and 1e-6 at one of 1e-6.
 _NUM_STEPS = 5
@@ -22,32 +24,29 @@ _LARGEST_T = 1e9
 
 
 def _integral(start: jax.Array, dof: jax.Array) -> jax.Array:
-    """The integral of cos(s)^(dof - 1) for s from ``start`` to a right angle."""
-    width = jnp.minimum(jnp.pi / 2 - start, _NUM_DEVIATIONS / jnp.sqrt(dof))
+    """The integral of the density of v from ``start`` to one."""
+    width = jnp.minimum(1 - start, _WIDTH / jnp.sqrt(dof))
     # The same rank for all: with jax_numpy_rank_promotion="raise", JAX adds no axis.
     shape = (*start.shape, _NODES.size)
     nodes, weights = (
         jnp.broadcast_to(jnp.asarray(x, dof.dtype), shape) for x in (_NODES, _WEIGHTS)
     )
-    tangents = jnp.tan(start[..., None] + width[..., None] * nodes)
-    # Small angles have cosines that are rounded to one. Their tangents keep all digits.
-    log_cosines = -0.5 * jnp.log1p(tangents**2)
-    densities = jnp.exp((dof[..., None] - 1) * log_cosines)
+    squares = (start[..., None] + width[..., None] * nodes) ** 2
+    # The cosine of s is one minus this. Small angles have cosines that are rounded to
+    # one, and large angles must not have a cosine of zero.
+    most = 1 - float(jnp.finfo(dof.dtype).eps)
+    from_one = jnp.minimum(2 * squares / (1 + squares), most)
+    densities = jnp.exp((dof[..., None] - 1) * jnp.log1p(-from_one)) / (1 + squares)
     return width * jnp.sum(weights * densities, axis=-1)
 
 
-def _half_integral(dof: jax.Array) -> jax.Array:
-    return _integral(jnp.zeros_like(dof), dof)
-
-
-def _upper_tail(t: jax.Array, dof: jax.Array, half: jax.Array) -> jax.Array:
-    """P(T > t) for t >= 0, where ``half`` is the integral from zero."""
-    return 0.5 * _integral(jnp.arctan(t / jnp.sqrt(dof)), dof) / half
-
-
-def _density(t: jax.Array, dof: jax.Array, half: jax.Array) -> jax.Array:
+def _tail_and_density(t: jax.Array, dof: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """P(T > t) and the density at t, for t >= 0."""
+    start = t / (jnp.sqrt(dof) + jnp.sqrt(dof + t * t))
+    starts = jnp.stack([start, jnp.zeros_like(start)])
+    beyond, half = jax.vmap(_integral, (0, None))(starts, dof)
     shape = jnp.exp(-(dof + 1) / 2 * jnp.log1p(t * t / dof))
-    return shape / (2 * half * jnp.sqrt(dof))
+    return 0.5 * beyond / half, shape / (4 * half * jnp.sqrt(dof))
 
 
 def _start(tail: jax.Array, dof: jax.Array) -> jax.Array:
@@ -91,7 +90,7 @@ def student_t_cdf(t: jax.typing.ArrayLike, dof: jax.typing.ArrayLike) -> jax.Arr
 # Compiled by themselves, so that JAX traces them once and not at each use.
 @jax.jit
 def _cdf(t: jax.Array, dof: jax.Array) -> jax.Array:
-    tail = _upper_tail(jnp.minimum(jnp.abs(t), _LARGEST_T), dof, _half_integral(dof))
+    tail, _ = _tail_and_density(jnp.minimum(jnp.abs(t), _LARGEST_T), dof)
     return jnp.where(t < 0, tail, 1 - tail)
 
 
@@ -122,10 +121,10 @@ def student_t_quantile(p: jax.typing.ArrayLike, dof: jax.typing.ArrayLike) -> ja
 @jax.jit
 def _quantile(p: jax.Array, dof: jax.Array) -> jax.Array:
     tail = jnp.minimum(p, 1 - p)
-    half = _half_integral(dof)
 
     def step(_: int, t: jax.Array) -> jax.Array:
-        newton = (_upper_tail(t, dof, half) - tail) / _density(t, dof, half)
+        beyond, density = _tail_and_density(t, dof)
+        newton = (beyond - tail) / density
         # Halley's correction, by the slope of the logarithm of the density.
         slope = (dof + 1) * t / (dof + t * t)
         return jnp.clip(t + newton / (1 - newton * slope / 2), 0, _LARGEST_T)
