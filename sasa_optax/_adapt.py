@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _average, _checks, _loss_gate, _progress, _tree, _types
+from sasa_optax import _average, _checks, _loss_gate, _progress, _tree
+from sasa_optax._transformation import Optimizer, transformation
 from sasa_optax._types import AxisName, DType, Numeric
 
 # Over a horizon, the logarithm of the scale changes by this times the error, which is
@@ -184,13 +185,11 @@ class _Adapter:
         self,
         updates: optax.Updates,
         state: AdaptOnProgressState,
-        params: optax.Params | None = None,
+        params: optax.Params,
         *,
         value: Numeric | None = None,
-        **extra_args: Any,
+        **_: Any,
     ) -> tuple[optax.Updates, AdaptOnProgressState]:
-        del extra_args
-        params = _checks.params(params)
         # The number of this step, the first being one, and the horizon of its average.
         steps = jnp.asarray(optax.safe_increment(state.measured.average.num_averaged))
         horizon = 1 / _progress.weight(state.measured)
@@ -234,7 +233,7 @@ def adapt_on_progress(
     max_scale: Numeric | None = None,
     axis_name: AxisName = None,
     dtype: DType | None = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""Scales the updates of any optimizer so that progress stays near its target.
 
     Put it after a complete optimizer, give it the loss, and evaluate
@@ -323,4 +322,4 @@ def adapt_on_progress(
     _checks.axis_name(axis_name)
     wide = _average.checked_dtype(dtype)
     adapter = _Adapter(momentum, target, min_scale, max_scale, axis_name, wide)
-    return _types.transformation(adapter.init, adapter.update)
+    return transformation(adapter.init, adapter.update, AdaptOnProgressState)

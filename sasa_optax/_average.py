@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from sasa_optax import _checks, _tree, _types
+from sasa_optax._transformation import Optimizer, transformation
 from sasa_optax._types import DType, Numeric
 
 _MIN_HORIZON = 32
@@ -124,7 +125,7 @@ def average_iterates(
     leak_ratio: Numeric = 8,
     min_horizon: Numeric = _MIN_HORIZON,
     dtype: DType | None = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""Averages the newest part of the iterates, and leaves the updates alone.
 
     Put it last in any chain. After step k it moves
@@ -174,28 +175,23 @@ def average_iterates(
         return start(params, wide)
 
     def update(
-        updates: optax.Updates,
-        state: AverageState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: AverageState, params: optax.Params, **_: Any
     ) -> tuple[optax.Updates, AverageState]:
-        del extra_args
-        params = _checks.params(params)
         # XLA merges this with the caller's own computation of the same.
         new_params = optax.apply_updates(params, updates)
         dtype = _tree.statistic_dtype(params)
         of_new = weight(state, leak_ratio, min_horizon, dtype=dtype)
         return updates, push(state, new_params, of_new)
 
-    return _types.transformation(init, update)
+    return transformation(init, update, AverageState)
 
 
 def maybe_averaged(
-    optimizer: _types.Optimizer,
+    optimizer: Optimizer,
     average: bool,
     leak_ratio: Numeric,
     is_lost: Callable[[Any], jax.Array] | None = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     """The optimizer, with `average_iterates` after it if ``average`` is true.
 
     With ``is_lost``, a function of the optimizer's state, the parameters return to
@@ -210,10 +206,10 @@ def maybe_averaged(
 
 
 def _returning(
-    optimizer: _types.Optimizer,
+    optimizer: Optimizer,
     leak_ratio: Numeric,
     is_lost: Callable[[Any], jax.Array],
-) -> _types.Optimizer:
+) -> Optimizer:
     """An optimizer with an average, to which the parameters return at a lost step.
 
     An iterate enters the average a step later than in `average_iterates`, when it is
@@ -227,20 +223,19 @@ def _returning(
     def update(
         updates: optax.Updates,
         state: tuple[Any, AverageState],
-        params: optax.Params | None = None,
+        params: optax.Params,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[Any, AverageState]]:
         _checks.state(state[-1], AverageState)
         inner, average = state
         updates, inner = optimizer.update(updates, inner, params, **extra_args)
-        params = _checks.params(params)
         returns = is_lost(inner)
         of_this = weight(average, leak_ratio, dtype=_tree.statistic_dtype(params))
         average = push(average, params, jnp.where(returns, 0, of_this))
         updates = returned(returns, updates, params, average.averaged)
         return updates, (inner, average)
 
-    return _types.transformation(init, update)
+    return transformation(init, update, tuple)
 
 
 def _averages(opt_state: Any) -> list[optax.Params]:

@@ -21,6 +21,7 @@ from sasa_optax import (
     _window,
 )
 from sasa_optax._statistics import Sample, Statistic, Transition
+from sasa_optax._transformation import Optimizer, transformation
 from sasa_optax._types import AxisName, DType, Numeric
 
 
@@ -114,7 +115,7 @@ class RateController(Protocol):
 
 def as_transformation(
     controller: RateController, scales_updates: bool = False
-) -> _types.Optimizer:
+) -> Optimizer:
     """The controller behind other transformations, whose updates are its direction.
 
     With ``scales_updates`` they are complete: the direction is minus the updates, and
@@ -130,21 +131,19 @@ def as_transformation(
     def update(
         updates: optax.Updates,
         state: Any,
-        params: optax.Params | None = None,
+        params: optax.Params,
         *,
         grad: optax.Updates | None = None,
         value: Numeric | None = None,
         **others: Any,
     ) -> tuple[optax.Updates, Any]:
-        _checks.state(state, controller.state_type)
         direction = _tree.scale(-1.0, updates) if scales_updates else updates
         grad = _masked_as(updates, grad)
         extra = ExtraArgs(grad, value, 0.0, others, counts_ascents=grad is not None)
-        params = _checks.params(params)
         _, updates, state = controller.step(direction, state, params, extra)
         return updates, shown(state)
 
-    return _types.transformation(init, update)
+    return transformation(init, update, controller.state_type)
 
 
 def _masked_as(

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _checks, _decay, _tree, _types
+from sasa_optax import _checks, _decay, _tree
 from sasa_optax._controller import ExtraArgs, RateController
+from sasa_optax._transformation import Optimizer, transformation
 from sasa_optax._types import Numeric
 
 
@@ -55,7 +56,7 @@ def _qhm_step(
 
 def with_momentum(
     controller: RateController, momentum: Numeric, nu: Numeric, weight_decay: Numeric
-) -> _types.Optimizer:
+) -> Optimizer:
     """A controller behind QHM that restarts after each drop."""
     _checks.momentum(momentum, nu, weight_decay)
 
@@ -65,15 +66,13 @@ def with_momentum(
     def update(
         updates: optax.Updates,
         state: MomentumState,
-        params: optax.Params | None = None,
+        params: optax.Params,
         *,
         grad: optax.Updates | None = None,
         value: Numeric | None = None,
         **others: Any,
     ) -> tuple[optax.Updates, MomentumState]:
         del grad
-        params = _checks.params(params)
-        _checks.state(state, MomentumState)
         grads = _decay.decayed_grads(updates, weight_decay, params)
         # Zeroed in the pass that reads it: at the drop itself, the trace had already
         # been written.
@@ -89,10 +88,10 @@ def with_momentum(
         trace = to_keep if direction is trace else trace
         return updates, MomentumState(trace, controlled)
 
-    return _types.transformation(init, update)
+    return transformation(init, update, MomentumState)
 
 
-def scale_by_qhm(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> _types.Optimizer:
+def scale_by_qhm(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> Optimizer:
     r"""Averages gradients by quasi-hyperbolic momentum, normalised.
 
     .. math::
@@ -133,16 +132,12 @@ def scale_by_qhm(momentum: Numeric = 0.9, nu: Numeric = 1.0) -> _types.Optimizer
         return ScaleByQhmState(_init_trace(params))
 
     def update(
-        updates: optax.Updates,
-        state: ScaleByQhmState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: ScaleByQhmState, *_: Any, **__: Any
     ) -> tuple[optax.Updates, ScaleByQhmState]:
-        del params, extra_args
         direction, trace = _qhm_step(updates, state.trace, momentum, nu)
         return direction, ScaleByQhmState(trace)
 
-    return _types.transformation(init, update)
+    return transformation(init, update, ScaleByQhmState, needs_params=False)
 
 
 def qhm(

@@ -1,35 +1,29 @@
-"""Errors that say where an option now lives."""
+"""Errors that name the object in which an option lives."""
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Container
+from typing import Any, ParamSpec, TypeVar
 
-from sasa_optax._stationarity import NAMED
+from sasa_optax._line_search import LineSearch
+from sasa_optax._stationarity import NAMED, ZeroMeanTest
+from sasa_optax._window import Window
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# The argument, the class, and the fields whose names are the old keywords.
-_OBJECTS = {
-    "window=sasa_optax.Window": (
-        *("leak_ratio", "min_samples", "test_interval", "warmup_steps", "max_window"),
-        "scale_min_samples",
-    ),
-    "test=sasa_optax.EquivalenceTest": ("delta",),
-    "test=sasa_optax.ZeroMeanTest": ("significance", "variance"),
-    "test=sasa_optax.SlopeTest": ("log_steps",),
-    "search=sasa_optax.LineSearch": (
-        *("smoothing", "sufficient_decrease", "increase_factor", "decrease_factor"),
-        *("max_trials", "max_learning_rate"),
-    ),
-}
-_PLACES = {
-    name: f"{place}({name}=...)" for place, names in _OBJECTS.items() for name in names
-} | {
-    "search_direction": "search=sasa_optax.LineSearch(direction=...)",
-    "search_interval": "search=sasa_optax.LineSearch(interval=...)",
-}
+# Keywords without a field of that name, from when all options were keywords.
+_RENAMED = {"search_direction": "direction", "search_interval": "interval"}
+
+
+def _place(option: str, arguments: Container[str], test: Any) -> str | None:
+    """The argument whose object has the option as a field; first that of the test."""
+    chosen = NAMED.get(test, ZeroMeanTest) if isinstance(test, str) else ZeroMeanTest
+    tests = [("test", kind) for kind in (chosen, *NAMED.values())]
+    for argument, kind in [("window", Window), ("search", LineSearch), *tests]:
+        if argument in arguments and option in inspect.signature(kind).parameters:
+            return f"{argument}=sasa_optax.{kind.__name__}({option}=...)"
+    return None
 
 
 def names_moved_keywords(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -39,21 +33,17 @@ def names_moved_keywords(function: Callable[_P, _T]) -> Callable[_P, _T]:
       TypeError: if the function is called with the keyword.
     """
     accepted = inspect.signature(function).parameters
-    kind = NAMED.get(accepted["test"].default) if "test" in accepted else None
-
-    def place(name: str) -> str:
-        # The option is that of the function's own test, if that test has it.
-        if kind is not None and hasattr(kind, name):
-            return f"test=sasa_optax.{kind.__name__}({name}=...)"
-        return _PLACES[name]
+    default = accepted["test"].default if "test" in accepted else None
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        for name in kwargs.keys() & _PLACES.keys() - accepted.keys():
-            raise TypeError(
-                f"{function.__name__}() got an unexpected keyword argument {name!r}: "
-                f"write {place(name)}."
-            )
+        for name in kwargs.keys() - accepted.keys():
+            test = kwargs.get("test", default)
+            if place := _place(_RENAMED.get(name, name), accepted, test):
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument "
+                    f"{name!r}: write {place}."
+                )
         return function(*args, **kwargs)
 
     return checked

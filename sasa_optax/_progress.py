@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasa_optax import _average, _checks, _cpu_schedule, _products, _tree, _types
+from sasa_optax import _average, _checks, _cpu_schedule, _products, _tree
 from sasa_optax._statistics import dissipation
+from sasa_optax._transformation import Optimizer, transformation
 from sasa_optax._types import AxisName, DType, Numeric
 
 _LEAK_RATIO = 8
@@ -146,7 +147,7 @@ def measure_progress(
     *,
     axis_name: AxisName = None,
     dtype: DType | None = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""Averages the iterates, measures progress, and leaves the updates alone.
 
     Put it last in any chain to look at progress before you let `adapt_on_progress` set
@@ -206,13 +207,8 @@ def measure_progress(
         return start(params, wide)
 
     def update(
-        updates: optax.Updates,
-        state: ProgressState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: ProgressState, params: optax.Params, **_: Any
     ) -> tuple[optax.Updates, ProgressState]:
-        del extra_args
-        params = _checks.params(params)
         return step(updates, state, params, momentum, axis_name)
 
-    return _types.transformation(init, update)
+    return transformation(init, update, ProgressState)

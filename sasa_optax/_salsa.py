@@ -10,7 +10,6 @@ See `Zhang et al., 2020 <https://arxiv.org/abs/2002.10597>`_.
 
 import jax
 
-from sasa_optax import _types
 from sasa_optax._average import maybe_averaged
 from sasa_optax._controller import Controller, as_transformation
 from sasa_optax._line_search import LineSearch, searching
@@ -19,6 +18,7 @@ from sasa_optax._moved_keywords import names_moved_keywords
 from sasa_optax._sasa import make_controller
 from sasa_optax._stationarity import TestLike
 from sasa_optax._statistics import StatisticLike, as_statistic
+from sasa_optax._transformation import Optimizer
 from sasa_optax._types import AxisName, Numeric
 from sasa_optax._window import Window
 
@@ -31,7 +31,7 @@ def scale_by_ssls(
     min_learning_rate: Numeric = 0.0,
     search: LineSearch = LineSearch(),
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""Applies a learning rate found by a smoothed stochastic line search.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be:
@@ -109,7 +109,7 @@ def ssls(
     min_learning_rate: Numeric = 0.0,
     search: LineSearch = LineSearch(),
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""SSLS: momentum SGD whose rate is found by a smoothed stochastic line search.
 
     Quasi-hyperbolic momentum (`scale_by_qhm`) makes the direction, `scale_by_ssls` the
@@ -174,7 +174,7 @@ def scale_by_salsa(
     search: LineSearch = LineSearch(),
     average: bool = True,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""Applies a learning rate that is first searched for, and then drops.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be.
@@ -254,7 +254,7 @@ def salsa(
     search: LineSearch = LineSearch(),
     average: bool = True,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""SALSA: momentum SGD with no learning rate to choose.
 
     Quasi-hyperbolic momentum (`scale_by_qhm`) makes the direction, `scale_by_salsa` the

@@ -10,7 +10,7 @@ from typing import Any
 
 import optax
 
-from sasa_optax import _checks, _stationarity, _types
+from sasa_optax import _checks, _stationarity
 from sasa_optax._average import maybe_averaged
 from sasa_optax._controller import Controller, as_transformation
 from sasa_optax._momentum import with_momentum
@@ -22,6 +22,7 @@ from sasa_optax._statistics import (
     as_statistic,
     yaida_statistic,
 )
+from sasa_optax._transformation import Optimizer
 from sasa_optax._types import AxisName, Numeric
 from sasa_optax._window import Window
 
@@ -57,7 +58,7 @@ def scale_by_sasa_plus(
     window: Window = Window(),
     average: bool = False,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""Applies a learning rate that drops when the dynamics are stationary.
 
     Put it last in a chain of directions, where `optax.scale_by_learning_rate` would be:
@@ -154,7 +155,7 @@ def sasa_plus(
     window: Window = Window(),
     average: bool = False,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""SASA+: momentum SGD that cuts its learning rate when progress has stopped.
 
     Quasi-hyperbolic momentum (`scale_by_qhm`) makes the direction. The rate drops by
@@ -213,7 +214,7 @@ def sasa(
     window: Window = Window(leak_ratio=2),
     average: bool = False,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""SASA: momentum SGD whose rate drops on positive evidence of stationarity.
 
     Normalised momentum makes the direction :math:`d_k`. At every step SASA records
@@ -273,7 +274,7 @@ def reduce_on_stationarity(
     window: Window = Window(),
     average: bool = False,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     """Scales another optimizer's updates down when its dynamics are stationary.
 
     Put it after any *complete* optimizer, as `optax.contrib.reduce_on_plateau`. After

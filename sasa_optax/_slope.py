@@ -2,13 +2,13 @@
 
 import optax
 
-from sasa_optax import _types
 from sasa_optax._average import maybe_averaged
 from sasa_optax._momentum import with_momentum
 from sasa_optax._moved_keywords import names_moved_keywords
 from sasa_optax._sasa import make_controller
 from sasa_optax._stationarity import TestLike
 from sasa_optax._statistics import loss_statistic
+from sasa_optax._transformation import Optimizer
 from sasa_optax._types import AxisName, Numeric
 from sasa_optax._window import Window
 
@@ -27,7 +27,7 @@ def slope(
     window: Window = Window(),
     average: bool = False,
     axis_name: AxisName = None,
-) -> _types.Optimizer:
+) -> Optimizer:
     r"""SLOPE: momentum SGD whose rate drops when the mini-batch loss stops falling.
 
     Quasi-hyperbolic momentum (`scale_by_qhm`) makes the direction. At every step SLOPE

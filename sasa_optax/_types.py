@@ -1,8 +1,9 @@
 """Types that the whole package shares, and the decorator of its option objects."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ParamSpec, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -12,14 +13,10 @@ import optax
 Numeric = jax.Array | np.ndarray | np.bool_ | np.integer | np.floating | float
 DType = jax.typing.DTypeLike
 AxisName = str | tuple[str, ...] | None
-Optimizer = optax.GradientTransformationExtraArgs
 
 _Options = TypeVar("_Options")
-
-
-def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> Optimizer:
-    """An optimizer. Optax types the states of its functions as trees of arrays."""
-    return optax.GradientTransformationExtraArgs(init, update)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def is_masked(node: Any) -> bool:
@@ -57,6 +54,22 @@ def options(*static: str) -> Callable[[type[_Options]], type[_Options]]:
         return made
 
     return decorate
+
+
+def traced_once(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A method of an options object, traced once for all optimizers that use it.
+
+    Called outside jit, as by ``init``, it is compiled as a whole. Classes derived from
+    options are no pytrees, so their methods are traced where they are used.
+    """
+    compiled = jax.jit(method)
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        is_tree = not jax.tree_util.all_leaves(args[:1])
+        return (compiled if is_tree else method)(*args, **kwargs)
+
+    return call
 
 
 def with_defaults(options: _Options, **defaults: Any) -> _Options:

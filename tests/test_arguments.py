@@ -180,7 +180,8 @@ _MOVED_TO_WINDOW = {
 _MOVED = _MOVED_TO_WINDOW | {
     "significance": "test=sasa_optax.ZeroMeanTest(significance=...)",
     "variance": "test=sasa_optax.ZeroMeanTest(variance=...)",
-    "delta": "test=sasa_optax.EquivalenceTest(delta=...)",
+    "delta": "test=sasa_optax.ZeroMeanTest(delta=...)",
+    "log_steps": "test=sasa_optax.SlopeTest(log_steps=...)",
 }
 # The default tests of these are of another kind.
 _MOVED_OF_SASA = _MOVED_TO_WINDOW | {
@@ -201,6 +202,7 @@ _MOVED_OF_SEARCH = {
     "max_learning_rate": "search=sasa_optax.LineSearch(max_learning_rate=...)",
     "search_direction": "search=sasa_optax.LineSearch(direction=...)",
     "search_interval": "search=sasa_optax.LineSearch(interval=...)",
+    "interval": "search=sasa_optax.LineSearch(interval=...)",
 }
 _MOVED_OF = {
     sasa_optax.sasa: _MOVED_OF_SASA,
@@ -231,6 +233,18 @@ def test_an_old_keyword_is_an_error_that_names_its_new_place(
     assert str(error.value) == (
         f"{make.__name__}() got an unexpected keyword argument {name!r}: write {place}."
     )
+
+
+def test_the_new_place_is_the_test_that_was_asked_for() -> None:
+    arguments: dict[str, Any] = {"test": "equivalence", "delta": 0.1}
+    with pytest.raises(TypeError, match=r"write test=sasa_optax\.EquivalenceTest\(del"):
+        sasa_optax.sasa_plus(1.0, **arguments)
+
+
+def test_a_function_without_a_window_names_none() -> None:
+    arguments: dict[str, Any] = {"leak_ratio": 4}
+    with pytest.raises(TypeError, match=r"argument 'leak_ratio'$"):
+        sasa_optax.ssls(1.0, **arguments)
 
 
 def test_the_new_places_exist() -> None:
@@ -408,3 +422,23 @@ def test_weight_decay_without_params_says_what_to_call() -> None:
     optimizer = sasa_optax.qhm(0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match=r"optimizer\.update\(grads, state, params"):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        sasa_optax.sasa_plus(1.0),
+        sasa_optax.scale_by_sasa_plus(1.0),
+        sasa_optax.ssls(),
+        sasa_optax.scale_by_qhm(),
+        sasa_optax.average_iterates(),
+        sasa_optax.measure_progress(),
+        sasa_optax.adapt_on_progress(),
+    ],
+)
+def test_the_state_of_another_optimizer(optimizer: Any) -> None:
+    x = jnp.ones(2)
+    kind, other = type(optimizer.init(x)).__name__, optax.scale_by_adam().init(x)
+    expected = rf"must be a sasa_optax\.{kind}, got a ScaleByAdamState\."
+    with pytest.raises(ValueError, match=expected):
+        optimizer.update(x, other, x, value=x[0], value_fn=jnp.sum, grad=x)
