@@ -83,6 +83,7 @@ def unseen(dtype: DType) -> Verdict:
     return nothing._replace(stalled=jnp.zeros((), dtype))
 
 
+@jax.jit
 def watch(
     state: LossState, value: jax.Array, horizon: jax.Array
 ) -> tuple[LossState, Verdict]:

@@ -149,8 +149,9 @@ class MeanEstimate(NamedTuple):
         """The result of a test: stationary if no reason holds that it is not."""
         half_width = self.half_width(significance)
         lower, upper = self.mean - half_width, self.mean + half_width
-        codes = [jnp.int32(code) for code in reasons]
-        reason = jnp.select([*reasons.values()], codes, jnp.int32(Reason.NONE))
+        reason = jnp.int32(Reason.NONE)
+        for code, holds in reversed(reasons.items()):
+            reason = jnp.where(holds, jnp.int32(code), reason)
         stationary = reason == Reason.NONE
         return TestResult(0, self.mean, lower, upper, p_value, 0, stationary, reason)
 
@@ -288,6 +289,7 @@ class ZeroMeanTest:
         _checks.fields(self, significance="(0, 1)", delta="(0, inf)")
         _checks.choice("variance", self.variance, _VARIANCES)
 
+    @_types.traced_once
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
@@ -342,6 +344,7 @@ class EquivalenceTest:
         _checks.fields(self, delta="(0, inf)", significance="(0, 1)")
         _checks.choice("variance", self.variance, _VARIANCES)
 
+    @_types.traced_once
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         estimate = estimate_mean(samples, self.variance)
@@ -382,6 +385,7 @@ class SlopeTest:
         _checks.fields(self, significance="(0, 1)")
         _checks.boolean("log_steps", self.log_steps)
 
+    @_types.traced_once
     def __call__(self, samples: Samples) -> TestResult:
         _check_samples(self, samples)
         values, n = samples.values, jnp.maximum(samples.num_samples, 4)

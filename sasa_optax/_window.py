@@ -85,6 +85,7 @@ class Window:
         leaked = jax.lax.div(total, leak_ratio) + is_more.astype(jnp.int32)
         return jnp.minimum(leaked, state.buffer.shape[1])
 
+    @_types.traced_once
     def next_test(
         self, step: jax.Array, total: jax.Array, num_drops: jax.Array, factor: Numeric
     ) -> jax.Array:

@@ -401,18 +401,31 @@ def test_under_inject_hyperparams_the_rate_can_be_set_by_hand() -> None:
     chex.assert_trees_all_close(updates, jax.tree.map(lambda x: -0.25 * x, PARAMS))
 
 
+def _compilations(function: Callable[..., Any], *args: Any) -> list[str]:
+    """What JAX says of the programs that it compiles for a call."""
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        records = []
+        patch.setattr("logging.Logger.handle", lambda _, record: records.append(record))
+        function(*args)
+    messages = [record.getMessage() for record in records]
+    return [message for message in messages if "ompil" in message]
+
+
 def test_without_jit_the_second_step_compiles_nothing() -> None:
     optimizer = sasa_optax.sasa_plus(0.1, nu=0.7, weight_decay=0.1)
     state = optimizer.init(PARAMS)
     for _ in range(2):
         _, state = optimizer.update(PARAMS, state, PARAMS)
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        messages = []
-        patch.setattr(
-            "logging.Logger.handle", lambda _, record: messages.append(record)
-        )
-        optimizer.update(PARAMS, state, PARAMS)
-    assert [m.getMessage() for m in messages if "ompil" in m.getMessage()] == []
+    assert _compilations(optimizer.update, PARAMS, state, PARAMS) == []
+
+
+def test_init_compiles_the_step_of_the_first_test_as_a_whole() -> None:
+    jax.clear_caches()
+    compiled = _compilations(sasa_optax.sasa_plus(0.1).init, PARAMS)
+    finished = [message for message in compiled if "Finished XLA" in message]
+    assert sum("next_test" in message for message in finished) == 1
+    # The others make zeros and copies, one for each shape and dtype.
+    assert len(finished) <= 10
 
 
 def test_momentum_sgd_with_the_controller_needs_no_temporary() -> None:

@@ -13,6 +13,7 @@ import pytest
 from optimizers import SMALL, smaller, squares, started
 
 import sasa_optax
+from sasa_optax import _types
 
 _STEPS = 60
 _NOISE = jax.random.normal(jax.random.key(0), (_STEPS, 3))
@@ -100,6 +101,47 @@ def test_a_test_of_ones_own_may_close_over_what_is_mapped() -> None:
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     mapped = jax.jit(jax.vmap(run))(thresholds)
     chex.assert_trees_all_close(mapped, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_optimizers_share_one_trace_of_a_test() -> None:
+    traced = []
+
+    @_types.options()
+    class Constant:
+        mean: float = 0.5
+
+        @_types.traced_once
+        def __call__(self, samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+            traced.append(samples)
+            return sasa_optax.TestResult(mean=self.mean)
+
+    for mean in (0.25, 0.75):
+        _, state = _after_a_run(sasa_optax.sasa_plus(1.0, test=Constant(mean), **SMALL))
+        assert float(optax.tree.get(state, "last_test").mean) == mean
+    assert len(traced) == 1
+
+
+class _Never(sasa_optax.ZeroMeanTest):
+    """A class derived from options is no pytree."""
+
+    def __call__(self, samples: sasa_optax.Samples) -> sasa_optax.TestResult:
+        return super().__call__(samples)._replace(stationary=False)
+
+
+class _Small(sasa_optax.Window):
+    pass
+
+
+def test_classes_may_be_derived_from_options() -> None:
+    num_drops, means = [], []
+    for test in (sasa_optax.ZeroMeanTest(), _Never()):
+        window = _Small(leak_ratio=1, min_samples=4, test_interval=1, max_window=32)
+        optimizer = sasa_optax.sasa_plus(1.0, test=test, window=window)
+        _, state = _after_a_run(optimizer)
+        num_drops.append(int(optax.tree.get(state, "num_drops")))
+        means.append(float(optax.tree.get(state, "last_test").mean))
+    assert num_drops[0] > num_drops[1] == 0
+    assert all(means)
 
 
 _OBJECTS = [
