@@ -43,6 +43,9 @@ def _compile_faster() -> None:
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # Programs do not keep the lines of Python that they come from.
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+    jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
