@@ -122,8 +122,9 @@ def params(params: optax.Params | None) -> optax.Params:
 
 def state(state: Any, kind: type) -> None:
     if not isinstance(state, kind):
+        name = "tuple" if kind is tuple else f"sasa_optax.{kind.__name__}"
         raise ValueError(
-            f"The state must be a sasa_optax.{kind.__name__}, got a "
+            f"The state must be a {name}, got a "
             f"{type(state).__name__}. A state fits the optimizer whose `init` made it, "
             "and another one only if `average` and `statistic` are the same: see "
             "docs/checkpointing.md."

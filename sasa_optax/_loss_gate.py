@@ -83,6 +83,7 @@ def unseen(dtype: DType) -> Verdict:
     return nothing._replace(stalled=jnp.zeros((), dtype))
 
 
+# Compiled by itself, so that JAX traces it once for all optimizers.
 @jax.jit
 def watch(
     state: LossState, value: jax.Array, horizon: jax.Array

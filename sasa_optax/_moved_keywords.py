@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from typing import Any, ParamSpec, TypeVar
 
 from sasa_optax._line_search import LineSearch
-from sasa_optax._stationarity import NAMED, ZeroMeanTest
+from sasa_optax._stationarity import NAMED
 from sasa_optax._window import Window
 
 _P = ParamSpec("_P")
@@ -17,10 +17,12 @@ _RENAMED = {"search_direction": "direction", "search_interval": "interval"}
 
 
 def _place(option: str, arguments: Container[str], test: Any) -> str | None:
-    """The argument whose object has the option as a field; first that of the test."""
-    chosen = NAMED.get(test, ZeroMeanTest) if isinstance(test, str) else ZeroMeanTest
-    tests = [("test", kind) for kind in (chosen, *NAMED.values())]
-    for argument, kind in [("window", Window), ("search", LineSearch), *tests]:
+    """The argument whose object has the option as a field."""
+    asked = NAMED.get(test) if isinstance(test, str) else type(test)
+    # The test that was asked for comes before the others.
+    tests = sorted(NAMED.values(), key=lambda kind: kind is not asked)
+    kinds = [("window", Window), ("search", LineSearch), *(("test", t) for t in tests)]
+    for argument, kind in kinds:
         if argument in arguments and option in inspect.signature(kind).parameters:
             return f"{argument}=sasa_optax.{kind.__name__}({option}=...)"
     return None

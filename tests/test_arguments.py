@@ -235,9 +235,10 @@ def test_an_old_keyword_is_an_error_that_names_its_new_place(
     )
 
 
-def test_the_new_place_is_the_test_that_was_asked_for() -> None:
-    arguments: dict[str, Any] = {"test": "equivalence", "delta": 0.1}
-    with pytest.raises(TypeError, match=r"write test=sasa_optax\.EquivalenceTest\(del"):
+@pytest.mark.parametrize("test", ["slope", sasa_optax.SlopeTest()])
+def test_the_new_place_is_the_test_that_was_asked_for(test: Any) -> None:
+    arguments: dict[str, Any] = {"test": test, "significance": 0.1}
+    with pytest.raises(TypeError, match=r"write test=sasa_optax\.SlopeTest\(signif"):
         sasa_optax.sasa_plus(1.0, **arguments)
 
 
@@ -442,3 +443,11 @@ def test_the_state_of_another_optimizer(optimizer: Any) -> None:
     expected = rf"must be a sasa_optax\.{kind}, got a ScaleByAdamState\."
     with pytest.raises(ValueError, match=expected):
         optimizer.update(x, other, x, value=x[0], value_fn=jnp.sum, grad=x)
+
+
+def test_a_state_that_is_no_pair() -> None:
+    """Beside its average, SALSA's state is one."""
+    optimizer, x = sasa_optax.salsa(), jnp.ones(2)
+    not_a_state: Any = None
+    with pytest.raises(ValueError, match=r"must be a tuple, got a NoneType\."):
+        optimizer.update(x, not_a_state, x, value_fn=jnp.sum)
